@@ -1,0 +1,25 @@
+"""fastdistill: losses that distil a causal language model into a smaller one, on the machine that you have."""
+
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels").is_dir():
+    raise ImportError(
+        "fastdistill/kernels is not a folder: the link to ../kernels was lost, as a ZIP download or a checkout "
+        "without symbolic links loses it. Use `git clone` (on Windows with core.symlinks=true) or install the wheel."
+    )
+
+from fastdistill.align import shift_targets
+from fastdistill.fused_linear import linear_softmax_kl
+from fastdistill.losses import layer_loss, softmax_kl
+from fastdistill.outputs import LayerLossOutput, LossOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LayerLossOutput",
+    "LossOutput",
+    "layer_loss",
+    "linear_softmax_kl",
+    "shift_targets",
+    "softmax_kl",
+]

@@ -1,0 +1,130 @@
+"""Arguments of the public functions, checked once: a ValueError names the argument, what came and what was expected.
+
+Values that live on a GPU are not read, since that would stall it, unless FASTDISTILL_VALIDATE=1 asks for it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_float_tensor(name: str, value: Any, ndims: tuple[int, ...], layout: str) -> None:
+    """A floating-point tensor with one of `ndims` dimensions, described by `layout`."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor {layout}, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
+    if value.ndim not in ndims:
+        raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
+
+
+def check_pair(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> None:
+    """Student and teacher on one device with the same leading shape; a third dimension's S may differ."""
+    if teacher.ndim != student.ndim:
+        raise ValueError(
+            f"{teacher_name} must have as many dimensions as {student_name} {tuple(student.shape)}, "
+            f"got {tuple(teacher.shape)}"
+        )
+    if teacher.shape[0] != student.shape[0]:
+        size = "B" if student.ndim == 3 else "N"
+        raise ValueError(
+            f"{teacher_name} must have the {size} = {student.shape[0]} of {student_name} {tuple(student.shape)}, "
+            f"got {tuple(teacher.shape)}"
+        )
+    check_device(teacher_name, teacher, student)
+
+
+def check_device(name: str, value: Tensor, beside: Tensor) -> None:
+    if value.device != beside.device:
+        raise ValueError(f"{name} must be on the student's device {beside.device}, got {value.device}")
+
+
+def check_teacher_is_constant(name: str, teacher: Tensor | None) -> None:
+    if teacher is not None and teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, and none flows to the teacher: run the teacher under torch.no_grad(), "
+            f"or pass {name}.detach()"
+        )
+
+
+def check_targets(targets: Any, leading: tuple[int, ...], beside: Tensor, ignore_index: int, vocab: int) -> None:
+    """Integer targets of shape `leading`, each `ignore_index` or within the student's vocabulary."""
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        came = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets must be an int64 or int32 tensor, got {came}")
+    if tuple(targets.shape) != leading:
+        raise ValueError(f"targets must have the student's leading shape {leading}, got {tuple(targets.shape)}")
+    check_device("targets", targets, beside)
+    if _may_read(targets):
+        invalid = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+        if invalid.any():
+            raise ValueError(
+                f"targets must be in [0, {vocab}) or ignore_index {ignore_index}, "
+                f"got {int(targets[invalid][0])} and {int(invalid.sum()) - 1} more outside"
+            )
+
+
+def check_mask(mask: Any, leading: tuple[int, ...], beside: Tensor) -> None:
+    """Weights >= 0 of shape `leading`: bool, integer or float."""
+    if not isinstance(mask, Tensor) or mask.dtype.is_complex:
+        raise ValueError(f"mask must be a bool, integer or float tensor, got {_kind(mask)}")
+    if tuple(mask.shape) != leading:
+        raise ValueError(f"mask must have the student's leading shape {leading}, got {tuple(mask.shape)}")
+    check_device("mask", mask, beside)
+    if mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError("mask requires a gradient, and none flows to it: pass mask.detach()")
+    if mask.dtype.is_floating_point and _may_read(mask) and not bool((mask >= 0).all() & mask.isfinite().all()):
+        raise ValueError(f"mask must hold finite weights >= 0, got a minimum of {mask.min().item()}")
+
+
+def scalar(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float | Tensor:
+    """A finite number as a float; a 0-d tensor on a GPU stays one, unread."""
+    if isinstance(value, Tensor):
+        if value.ndim != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and none flows to it: pass {name}.detach()")
+        if not _may_read(value):
+            return value
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got {_kind(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be > {above}, got {value}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+    return float(value)
+
+
+def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {_kind(value)}")
+    if value < at_least or (at_most is not None and value > at_most):
+        limit = f"in [{at_least}, {at_most}]" if at_most is not None else f">= {at_least}"
+        raise ValueError(f"{name} must be {limit}, got {value}")
+    return value
+
+
+def _may_read(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or os.environ.get("FASTDISTILL_VALIDATE") == "1"
+
+
+def _kind(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else f"{type(value).__name__} {value!r}"

@@ -1,0 +1,221 @@
+"""The definition of every loss, in plain differentiable PyTorch.
+
+Each function has the name and the arguments of its public twin and says in a few lines what that computes; autograd
+makes the gradient. Nothing is chunked or fused: all of [N, V] is held several times over. Tests take these in
+float64 as the truth, benchmarks take them as the eager baseline. They trust their arguments; the public functions
+check them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdistill.align import common_positions, cut, inverse_count, shared_vocab_size, token_weights
+from fastdistill.outputs import LayerLossOutput, LossOutput
+
+LAYER_EPS = 1e-5
+MAX_LOG_RATIO = 80.0
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for all else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def forward_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """KL(teacher || student) = sum p_t (log p_t - log p_s); log-probabilities `[..., V]` to `[...]`."""
+    p_t = log_t.exp()
+    return torch.where(p_t > 0, p_t * (log_t - log_s), 0).sum(-1)
+
+
+def reverse_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
+    """KL(student || teacher) = sum p_s (log p_s - log p_t); log-probabilities `[..., V]` to `[...]`.
+
+    Student mass where the teacher has none makes the value infinite; the gradient then counts such an id's
+    log-ratio as `MAX_LOG_RATIO`, so that it stays finite and pushes the mass away.
+    """
+    no_student, no_teacher = torch.isneginf(log_s), torch.isneginf(log_t)
+    log_ratio = log_s.masked_fill(no_student, 0) - log_t.masked_fill(no_teacher, 0)
+    log_ratio = torch.where(no_teacher, MAX_LOG_RATIO, log_ratio)
+    p_s = log_s.exp()
+    value = torch.where(no_student, 0, p_s * log_ratio).sum(-1)
+    return value + torch.where((no_teacher & (p_s > 0)).any(-1), torch.inf, 0.0)
+
+
+def jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence, log-probabilities `[..., V]` to `[...]`.
+
+    beta KL(p_t || m) + (1 - beta) KL(p_s || m) with m = beta p_t + (1 - beta) p_s (Agarwal et al. 2024,
+    arXiv:2306.13649). With d = log p_t - log p_s the logarithms are log(p_s / m) = -log1p(beta expm1(d)) and
+    log(p_t / m) = -log1p((1 - beta) expm1(-d)), exact where the two are close; d is held within
+    `MAX_LOG_RATIO`, beyond which nothing of the smaller term is left.
+    """
+    absent = torch.isneginf(log_s) & torch.isneginf(log_t)
+    d = (log_t.masked_fill(absent, 0) - log_s.masked_fill(absent, 0)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    student_term = -log_s.exp() * torch.log1p(beta * torch.expm1(d))
+    teacher_term = -log_t.exp() * torch.log1p((1 - beta) * torch.expm1(-d))
+    return (beta * teacher_term + (1 - beta) * student_term).sum(-1)
+
+
+def softmax_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    targets: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    kl_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    temperature_squared: bool = True,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    num_tokens: float | Tensor | None = None,
+    reduction: str = "mean",
+    metrics: bool = False,
+) -> LossOutput:
+    """sum_i w_i (kl_weight T^2 div_i + ce_weight ce_i) / num_tokens; see `fastdistill.softmax_kl`."""
+    dtype, student_vocab = compute_dtype(student_logits), student_logits.shape[-1]
+    shape = common_positions(student_logits, teacher_logits)
+    w = token_weights(
+        shape,
+        targets,
+        mask,
+        ignore_index=ignore_index,
+        student_vocab=student_vocab,
+        dtype=dtype,
+        device=student_logits.device,
+    )
+    counts = w != 0
+    # Uncounted tokens may hold anything, NaN too: zeros in their place keep it out of value and gradient.
+    student = cut(student_logits, shape).to(dtype).masked_fill(~counts[..., None], 0)
+    loss, kl, ce = torch.zeros_like(w), None, None
+    student_entropy = teacher_entropy = top1_agreement = None
+
+    if teacher_logits is not None:
+        teacher = cut(teacher_logits, shape).to(dtype).masked_fill(~counts[..., None], 0)
+        shared = shared_vocab_size(student_vocab, teacher.shape[-1], vocab_size)
+        z_s, z_t = student[..., :shared], teacher[..., :shared]
+        log_s, log_t = F.log_softmax(z_s / temperature, -1), F.log_softmax(z_t / temperature, -1)
+        if divergence == "forward_kl":
+            kl = forward_kl(log_s, log_t)
+        elif divergence == "reverse_kl":
+            kl = reverse_kl(log_s, log_t)
+        else:
+            kl = jsd(log_s, log_t, jsd_beta)
+        if kl_weight != 0:
+            loss = loss + kl_weight * (temperature**2 if temperature_squared else 1) * kl
+        if metrics:
+            student_entropy = torch.special.entr(F.softmax(z_s.detach(), -1)).sum(-1)
+            teacher_entropy = torch.special.entr(F.softmax(z_t, -1)).sum(-1)
+            top1_agreement = (z_s.argmax(-1) == z_t.argmax(-1)).to(dtype)
+
+    invalid_targets = None
+    if targets is not None:
+        cut_targets = cut(targets, shape)
+        ce = -F.log_softmax(student, -1).gather(-1, cut_targets.masked_fill(~counts, 0)[..., None]).squeeze(-1)
+        if ce_weight != 0:
+            loss = loss + ce_weight * ce
+        invalid = (cut_targets != ignore_index) & ((cut_targets < 0) | (cut_targets >= student_vocab))
+        invalid_targets = invalid.sum()
+
+    n = w.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=w.device)
+
+    def reduce(per_token: Tensor) -> Tensor:
+        weighted = torch.where(counts, w * per_token, 0)
+        if reduction == "none":
+            return _pad_positions(weighted, tuple(student_logits.shape[:-1]))
+        return weighted.sum() * inverse_count(n) if reduction == "mean" else weighted.sum()
+
+    values = (kl, ce, student_entropy, teacher_entropy, top1_agreement)
+    return LossOutput(
+        reduce(loss),
+        *(None if x is None else reduce(x.detach()) for x in values),
+        num_tokens=n,
+        invalid_targets=invalid_targets,
+    )
+
+
+def linear_softmax_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    targets: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    **keywords,
+) -> LossOutput:
+    """`softmax_kl` of logits = hidden @ weight.T + bias, both held whole; see `fastdistill.linear_softmax_kl`."""
+    student_logits = F.linear(student_hidden, student_weight, student_bias)
+    teacher_logits = None
+    if teacher_hidden is not None and teacher_weight is not None:
+        teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
+    return softmax_kl(student_logits, teacher_logits, targets, **keywords)
+
+
+def layer_loss(
+    student_states: Sequence[Tensor],
+    teacher_states: Sequence[Tensor],
+    mask: Tensor | None = None,
+    *,
+    metric: str = "mse",
+    normalize: str = "none",
+    layer_weights: Sequence[float] | Tensor | None = None,
+    skip_first: int = 0,
+    num_tokens: float | Tensor | None = None,
+) -> LayerLossOutput:
+    """Weighted mean over layers of sum_i w_i error_i / num_tokens; see `fastdistill.layer_loss`."""
+    dtype = compute_dtype(student_states[0])
+    per_layer = []
+    for student_state, teacher_state in zip(student_states, teacher_states, strict=True):
+        shape = common_positions(student_state, teacher_state)
+        w = layer_token_weights(shape, mask, skip_first, dtype, student_state.device)
+        counts = (w != 0)[..., None]
+        s = cut(student_state, shape).to(dtype).masked_fill(~counts, 0)
+        t = cut(teacher_state, shape).to(dtype).masked_fill(~counts, 0)
+        if metric == "cosine":
+            error = 1 - (s * t).sum(-1) / ((s.norm(dim=-1) + LAYER_EPS) * (t.norm(dim=-1) + LAYER_EPS))
+        elif normalize == "layer_norm":
+            width = s.shape[-1:]
+            error = (F.layer_norm(s, width, eps=LAYER_EPS) - F.layer_norm(t, width, eps=LAYER_EPS)).square().mean(-1)
+        elif normalize == "teacher_rms":
+            error = (s - t).square().mean(-1) / (t.square().mean(-1) + LAYER_EPS)
+        else:
+            error = (s - t).square().mean(-1)
+        n = w.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=w.device)
+        per_layer.append(torch.where(counts[..., 0], w * error, 0).sum() * inverse_count(n))
+    return combine_layers(per_layer, layer_weights)
+
+
+def layer_token_weights(
+    shape: tuple[int, ...], mask: Tensor | None, skip_first: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The mask, or ones, as weights shaped `shape`, 0 at the first `skip_first` positions."""
+    w = torch.ones(shape, dtype=dtype, device=device) if mask is None else cut(mask, shape).to(dtype)
+    if skip_first:
+        w = w.clone()
+        w[:, :skip_first] = 0
+    return w
+
+
+def combine_layers(per_layer: list[Tensor], layer_weights: Sequence[float] | Tensor | None) -> LayerLossOutput:
+    """Mean over layers weighted by `layer_weights`, which need not sum to 1."""
+    stacked = torch.stack(per_layer)
+    if layer_weights is None:
+        return LayerLossOutput(stacked.mean(), stacked.detach())
+    weights = torch.as_tensor(layer_weights, dtype=stacked.dtype, device=stacked.device)
+    return LayerLossOutput((weights * stacked).sum() / weights.sum(), stacked.detach())
+
+
+def _pad_positions(per_token: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`per_token` with zeros at the positions that alignment cut off."""
+    if len(shape) == 1:
+        return per_token
+    return F.pad(per_token, (0, shape[1] - per_token.shape[1]))

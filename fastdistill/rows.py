@@ -1,0 +1,87 @@
+"""The tokens of a batch as a flat list of rows, for the PyTorch paths to walk over in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """`n` tokens, each the place `[sequence, position]` in the `[B, S, ...]` inputs; all fields `[n]`.
+
+    Rows are addressed by number, so inputs of unequal length or odd strides are never cut or flattened by a copy.
+    """
+
+    sequence: Tensor
+    position: Tensor
+    weights: Tensor
+    targets: Tensor | None
+    all_counted: bool
+    """False where a row may have weight 0: its values and gradient must then be set to 0."""
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def chunks(self, size: int) -> Iterator[TokenRows]:
+        """The rows in order, `size` at a time; one chunk of nothing where there are none."""
+        for start in range(0, max(1, len(self)), size):
+            part = slice(start, start + size)
+            yield TokenRows(
+                self.sequence[part],
+                self.position[part],
+                self.weights[part],
+                None if self.targets is None else self.targets[part],
+                self.all_counted,
+            )
+
+    def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of `tensor` `[B, S, X]` or `[N, X]` as a new `[n, X]`."""
+        tensor = _as_sequences(tensor)
+        if tensor.stride(0) == tensor.shape[1] * tensor.stride(1):  # flattens to a view, and index_select is faster
+            rows = self.sequence * tensor.shape[1] + self.position
+            return tensor.flatten(0, 1).index_select(0, rows).to(dtype)
+        return tensor[self.sequence, self.position].to(dtype)
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Write `values` `[n, ...]` into the rows of `tensor` `[B, S, ...]` or `[N, ...]`."""
+        _as_sequences(tensor, values.ndim + 1)[self.sequence, self.position] = values.to(tensor.dtype)
+
+    def spread(self, values: Tensor, leading: tuple[int, ...]) -> Tensor:
+        """`values` `[n]` at their places in zeros of shape `leading`; differentiable."""
+        places = (self.sequence, self.position) if len(leading) == 2 else (self.position,)
+        return values.new_zeros(leading).index_put(places, values)
+
+    def zero_uncounted_(self, values: Tensor) -> Tensor:
+        """`values` `[n, ...]` with 0 (never NaN) in rows that do not count."""
+        if self.all_counted:
+            return values
+        return values.masked_fill_((self.weights == 0).view(-1, *(1,) * (values.ndim - 1)), 0)
+
+
+def token_rows(weights: Tensor, targets: Tensor | None, *, drop_uncounted: bool) -> TokenRows:
+    """Rows of the tokens in `weights` and `targets`, `[B, S]` or `[N]`.
+
+    `drop_uncounted` leaves out rows of weight 0, whose number must be read from the device; without it all stay.
+    """
+    grid = _as_sequences(weights, 2)
+    if drop_uncounted:
+        sequence, position = grid.nonzero(as_tuple=True)
+    else:
+        sequence = torch.arange(grid.shape[0], device=grid.device).repeat_interleave(grid.shape[1])
+        position = torch.arange(grid.shape[1], device=grid.device).repeat(grid.shape[0])
+    return TokenRows(
+        sequence,
+        position,
+        grid[sequence, position],
+        None if targets is None else _as_sequences(targets, 2)[sequence, position],
+        all_counted=drop_uncounted,
+    )
+
+
+def _as_sequences(tensor: Tensor, ndim: int = 3) -> Tensor:
+    """A tensor without a batch dimension as a batch of one."""
+    return tensor if tensor.ndim == ndim else tensor.unsqueeze(0)
