@@ -1,0 +1,235 @@
+"""The configuration: one frozen dataclass, from which the flags, the presets and the files derive."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import time
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(Exception):
+    """Something the user asked for cannot be done; the message is all that they need to see."""
+
+
+def _flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every field is a flag: `batch_size` is `--batch-size`."""
+
+    teacher: str = _flag("demo", "'demo' (trained here once, then cached), or a model folder or hub name")
+    student: str | None = _flag(None, "model folder or hub name to start from; default: layers of the teacher")
+    student_layers: str = _flag("every-other", "teacher layers the student is made of: every-other, or 0,2,5,...")
+    data: str = _flag("pydoc", "'pydoc' (Python's language reference, on every machine), or a .txt file")
+    data_share: float = _flag(1.0, "share of the training text that the student sees, drawn by seed")
+
+    output_dir: str | None = _flag(None, "where the run is kept; default runs/<time>")
+    resume: bool = _flag(False, "go on with the run in --output-dir")
+    seed: int = _flag(0, "seed of the first run")
+    seeds: int = _flag(1, "how many seeds to run, one after another")
+    baseline: bool = _flag(False, "also train the same student on the same tokens without the teacher")
+
+    epochs: float = _flag(1.0, "passes over the student's text, unless --max-steps is given")
+    max_steps: int | None = _flag(None, "optimizer steps")
+    stop_at: int | None = _flag(None, "end the run at this step of a student, saved, without changing the schedule")
+    batch_size: int = _flag(8, "sequences in a micro-batch")
+    grad_accum: int = _flag(1, "micro-batches in an optimizer step")
+    seq_len: int = _flag(128, "tokens in a sequence")
+    lr: float = _flag(5e-4, "peak learning rate")
+    schedule: str = _flag("cosine", "course of the learning rate after warm-up", ("cosine", "linear", "constant"))
+    warmup_steps: int = _flag(20, "optimizer steps of linear warm-up")
+    weight_decay: float = _flag(0.1, "AdamW weight decay of matrices")
+    clip: float = _flag(1.0, "largest gradient norm")
+    precision: str = _flag("auto", "number format of the student's forward pass", ("auto", "fp32", "bf16", "fp16"))
+
+    kd_weight: float = _flag(0.5, "weight of T^2 KL(teacher || student)")
+    lm_weight: float = _flag(0.5, "weight of the next-token cross-entropy")
+    layerwise_weight: float = _flag(0.0, "weight of the layerwise loss: 1 - correlation of mapped hidden states")
+    temperature: float = _flag(2.0, "T of both softmaxes")
+    divergence: str = _flag("forward_kl", "which divergence", ("forward_kl", "reverse_kl", "jsd"))
+
+    log_steps: int = _flag(100, "steps between log lines")
+    detail_steps: int = _flag(1000, "steps between detailed blocks")
+    eval_steps: int = _flag(500, "steps between evaluations on held-out text")
+    save_steps: int = _flag(1000, "steps between checkpoints")
+    keep_checkpoints: int = _flag(2, "how many checkpoints to keep")
+    max_bad_steps: int = _flag(5, "stop after this many steps in a row with a NaN or infinite loss")
+
+    teacher_steps: int = _flag(600, "demo teacher: optimizer steps")
+    teacher_lr: float = _flag(3e-3, "demo teacher: peak learning rate")
+    teacher_depth: int = _flag(4, "demo teacher: layers")
+    teacher_width: int = _flag(128, "demo teacher: width")
+    vocab_size: int = _flag(1024, "demo teacher: size of the vocabulary")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            choices = f.metadata["choices"]
+            if choices and value not in choices:
+                raise UsageError(f"--{_dashed(f.name)} must be one of {', '.join(choices)}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{_dashed(f.name)} must be finite, got {value}")
+        for name in _AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{_dashed(name)} must be at least 1, got {value}")
+        for name in ("lr", "teacher_lr", "clip", "temperature", "epochs"):
+            if getattr(self, name) <= 0:
+                raise UsageError(f"--{_dashed(name)} must be greater than 0, got {getattr(self, name)}")
+        for name in ("kd_weight", "lm_weight", "layerwise_weight", "weight_decay", "warmup_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{_dashed(name)} must be at least 0, got {getattr(self, name)}")
+        if self.seq_len < 2:
+            raise UsageError(f"--seq-len must be at least 2 (one token predicts the next), got {self.seq_len}")
+        if not 0 < self.data_share <= 1:
+            raise UsageError(f"--data-share must be in (0, 1], got {self.data_share}")
+        if self.kd_weight == self.lm_weight == self.layerwise_weight == 0:
+            raise UsageError("--kd-weight, --lm-weight and --layerwise-weight are all 0: nothing would be learned")
+        if self.resume and self.output_dir is None:
+            raise UsageError("--resume needs --output-dir, the run to go on with")
+
+
+_AT_LEAST_ONE = (
+    "seeds", "max_steps", "stop_at", "batch_size", "grad_accum", "log_steps", "detail_steps", "eval_steps",
+    "save_steps", "keep_checkpoints", "max_bad_steps", "teacher_steps", "teacher_depth",
+)  # fmt: skip
+
+MAY_CHANGE_ON_RESUME = {
+    "output_dir", "resume", "stop_at", "log_steps", "detail_steps", "save_steps", "keep_checkpoints", "max_bad_steps",
+}  # fmt: skip
+"""Fields that leave the numbers of a run alone; any other must stay as the run began with it."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "data_share": 0.1, "baseline": True, "max_steps": 200, "kd_weight": 0.5, "lm_weight": 0.5,
+        "layerwise_weight": 0.5, "log_steps": 20, "detail_steps": 100, "eval_steps": 25, "save_steps": 50,
+    },
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line: defaults, then a preset or file, then flags; all checked."""
+    parser = argparse.ArgumentParser(
+        description="Distil a causal language model into a smaller one.",
+        formatter_class=argparse.RawTextHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--preset", default=argparse.SUPPRESS, help=f"base settings: {', '.join(PRESETS)} (default: demo)"
+    )
+    parser.add_argument("--config", default=argparse.SUPPRESS, help="JSON file of base settings, instead of a preset")
+    hints = typing.get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        text = f.metadata["help"].replace("%", "%%") + f" (default: {f.default})"
+        if hints[f.name] is bool:
+            parser.add_argument(
+                f"--{_dashed(f.name)}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
+            )
+        else:
+            kind = _scalar_type(hints[f.name])
+            parser.add_argument(
+                f"--{_dashed(f.name)}", type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__
+            )
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [option for action in parser._actions for option in action.option_strings]
+        raise UsageError(f"unknown argument {unknown[0]}{_nearest(unknown[0].split('=')[0], flags)}")
+    flags = vars(given)
+    if "preset" in flags and "config" in flags:
+        raise UsageError("--preset and --config are both given: each is the base that flags change, choose one")
+    if flags.get("resume"):
+        return _resumed(flags)
+    preset, file = flags.pop("preset", "demo"), flags.pop("config", None)
+    base = _from_file(Path(file)) if file else _preset(preset)
+    return Config(**base | flags)
+
+
+def open_output(config: Config) -> Path:
+    """The run's folder, made and writable, with the configuration in it; never one that holds something else."""
+    path = Path(config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            if any(path.iterdir()):
+                raise UsageError(f"--output-dir {path} is not empty: choose another, or go on with its run by --resume")
+            (path / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"--output-dir {path} cannot be written: {error.strerror}: {error.filename}") from error
+    return path
+
+
+def _resumed(flags: dict[str, Any]) -> Config:
+    """The saved configuration of the run, with the flags that may change it."""
+    if "output_dir" not in flags:
+        raise UsageError("--resume needs --output-dir, the run to go on with")
+    path = Path(flags["output_dir"]) / "config.json"
+    if not path.is_file():
+        raise UsageError(f"--resume: there is no run in {flags['output_dir']} ({path.name} is missing)")
+    saved = _from_file(path)
+    asked = {key: value for key, value in flags.items() if key not in ("preset", "config")}
+    for key, value in asked.items():
+        if key not in MAY_CHANGE_ON_RESUME and value != saved.get(key):
+            raise UsageError(
+                f"--{_dashed(key)} {value} differs from the {saved.get(key)} that the run in {flags['output_dir']} "
+                "began with: leave it out, or start a new run in another --output-dir"
+            )
+    settings: dict[str, Any] = {**saved, "stop_at": None, **asked}
+    return Config(**settings)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise UsageError(
+            f"--preset {name} is not known{_nearest(name, list(PRESETS))}; there are: {', '.join(PRESETS)}"
+        )
+    return dict(PRESETS[name])
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config {path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path} must hold a JSON object, got {type(settings).__name__}")
+    hints = typing.get_type_hints(Config)
+    for key, value in settings.items():
+        if key not in hints:
+            raise UsageError(f"--config {path}: unknown key {key!r}{_nearest(key, list(hints))}")
+        kind = _scalar_type(hints[key])
+        optional = type(None) in typing.get_args(hints[key])
+        fits = isinstance(value, (int, float) if kind is float else kind) and (
+            kind is bool or not isinstance(value, bool)
+        )
+        if not (fits or (optional and value is None)):
+            raise UsageError(f"--config {path}: {key} must be {kind.__name__}, got {value!r}")
+    return settings
+
+
+def _scalar_type(hint: Any) -> type:
+    """`int` for `int | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None))
+    return hint
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]}?" if close else ""

@@ -1,0 +1,142 @@
+"""What a run says while it goes: progress bar, log lines in the founding format, and the same as JSONL."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fastdistill.training.evaluate import Evaluation, perplexity
+
+DOMINANT_SHARE = 0.8
+
+
+class Monitor:
+    """Logs one stage. Every loss it shows is the mean over the optimizer steps since the line before."""
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        weights: dict[str, float],
+        total_steps: int,
+        step: int = 0,
+        state: dict[str, Any] | None = None,
+    ):
+        """`path` is the JSONL file, `weights` the components'; a resumed stage gives its step and `state()`."""
+        self.path, self.weights, self.total_steps = path, weights, total_steps
+        state = state or {"sums": dict.fromkeys((*weights, "total"), 0.0), "steps": 0, "tokens": 0}
+        self.sums, self.steps, self.tokens = state["sums"], state["steps"], state["tokens"]
+        self.untrained_loss: float | None = state.get("untrained_loss")
+        # What was written after the state was saved will be written again.
+        if path.exists() and path.stat().st_size > state.get("log_bytes", 0):
+            os.truncate(path, state.get("log_bytes", 0))
+        self.started = time.perf_counter()
+        self.warned = set(state.get("warned", []))
+        # Into a file the bar writes a line each time: seldom is enough.
+        often = 0.2 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=often)
+
+    def add(self, raw: dict[str, float], total: float, tokens: int) -> None:
+        """One optimizer step: each component unweighted, the weighted total, and how many tokens were predicted."""
+        for name, value in (raw | {"total": total}).items():
+            self.sums[name] += value
+        self.steps += 1
+        self.tokens += tokens
+        self.bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+        self.bar.update()
+
+    def log(self, step: int, *, learning_rate: float, gradient_norm: float, skipped: int, detailed: bool) -> None:
+        """A line, or in detail the founding document's block, for the steps since the last one."""
+        raw = {name: value / self.steps for name, value in self.sums.items()}
+        total = raw.pop("total")
+        weighted = {name: self.weights[name] * value for name, value in raw.items()}
+        if abs(sum(weighted.values()) - total) > 1e-4 * max(1.0, abs(total)):
+            raise AssertionError(f"components {weighted} sum to {sum(weighted.values())}, and the total is {total}")
+        shares = {name: value / total if total else 0.0 for name, value in weighted.items()}
+        rate = self.tokens / (time.perf_counter() - self.started)
+        self.write(
+            "train",
+            step,
+            total=total,
+            components={
+                name: {
+                    "raw": raw[name],
+                    "weight": self.weights[name],
+                    "weighted": weighted[name],
+                    "share": shares[name],
+                }
+                for name in raw
+            },
+            learning_rate=learning_rate,
+            gradient_norm=gradient_norm,
+            skipped_steps=skipped,
+            tokens_per_second=rate,
+        )
+        if detailed:
+            lines = [f"[Step {step}]", f"Total Loss: {total:.2f}"]
+            by_size = sorted(weighted, key=lambda name: -weighted[name])
+            lines += [f"  {name}_loss: {weighted[name]:.2f} ({shares[name]:.0%})" for name in by_size]
+            self.say("\n".join(lines))
+        else:
+            listed = "  ".join(f"{name}_loss {weighted[name]:.3f} ({shares[name]:.0%})" for name in weighted)
+            self.say(
+                f"step {step}/{self.total_steps}  loss {total:.3f}  {listed}  lr {learning_rate:.2e}  "
+                f"grad {gradient_norm:.2f}  {rate:,.0f} tokens/s"
+            )
+        for name, share in shares.items():
+            if len(shares) > 1 and share > DOMINANT_SHARE and name not in self.warned:
+                self.warned.add(name)
+                self.warn(step, f"{name}_loss is {share:.0%} of the total: the other components are hardly heard")
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.steps = self.tokens = 0
+        self.started = time.perf_counter()
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Held-out loss; `ppl` is exp of the loss as printed."""
+        loss = f"{result.loss:.3f}"
+        self.write("eval", step, loss=result.loss, perplexity=perplexity(result.loss), tokens=result.tokens)
+        self.say(f"[Eval] loss: {loss}, ppl: {perplexity(float(loss)):.1f}")
+        if step == 0:
+            self.untrained_loss = result.loss
+        elif self.untrained_loss is not None and result.loss > self.untrained_loss:
+            self.warn(step, f"held-out loss {loss} is above the untrained student's {self.untrained_loss:.3f}")
+
+    def warn(self, step: int, message: str) -> None:
+        self.write("warning", step, message=message)
+        self.say(f"[Warning] step {step}: {message}")
+
+    def say(self, text: str) -> None:
+        self.bar.write(text)
+
+    def write(self, event: str, step: int, **record: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"event": event, "step": step, **record}) + "\n")
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def state(self) -> dict[str, Any]:
+        """What has gathered since the last line, so that a resumed run logs the same."""
+        return {
+            "sums": self.sums,
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "untrained_loss": self.untrained_loss,
+            "warned": sorted(self.warned),
+            "log_bytes": self.path.stat().st_size,
+        }
+
+
+def read_log(path: Path, event: str) -> list[dict[str, Any]]:
+    """All records of one event."""
+    records = map(json.loads, path.read_text().splitlines())
+    return [record for record in records if record["event"] == event]
