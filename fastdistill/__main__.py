@@ -1,0 +1,28 @@
+"""The command line of the library: `fastdistill <command>`, or `python -m fastdistill <command>`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import fastdistill
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="fastdistill", description=fastdistill.__doc__)
+    parser.add_argument("--version", action="version", version=fastdistill.__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("verify", help="check that this installation behaves as it says; exit code 0 if it does")
+    parser.parse_args()
+    try:
+        from fastdistill.training import verify
+    except ImportError as error:
+        print(
+            f"fastdistill verify needs the [train] extra (pip install 'fastdistill[train]'): {error}", file=sys.stderr
+        )
+        return 2
+    return verify.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
