@@ -2,7 +2,7 @@
 # make test   the tests
 # make lint   ruff and pyright
 # make verify behaviour checks, with the numbers they saw
-# make bench  time and memory against eager PyTorch, written to bench/results/
+# make bench  time and memory against eager PyTorch, as bench/results/<machine>-<date>.json and a table
 #
 # Each target sets up .venv by itself. PYTHON chooses the interpreter (3.11-3.13); PIP_ARGS is handed to pip, for
 # example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU build of torch.
@@ -33,7 +33,10 @@ verify: $(VENV)/train-ready
 	$(BIN)/python -m fastdistill verify
 
 bench: $(VENV)/dev-ready
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/latest.json
+	@mkdir -p bench/results
+	results=$$($(BIN)/python -m bench.machine) && \
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=$$results && \
+	$(BIN)/python -m bench.table $$results
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -13,7 +13,7 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=fastdistill.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("verify", help="check that this installation behaves as it says; exit code 0 if it does")
-    parser.parse_args()
+    parser.parse_args()  # `verify` is the only command yet
     try:
         from fastdistill.training import verify
     except ImportError as error:

@@ -125,6 +125,24 @@ def differentiate(
     return output, list(gradients)
 
 
+USES_OF_A_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "alone": lambda loss, x: loss,
+    "in_a_product": lambda loss, x: loss.square(),
+    "in_a_sum": lambda loss, x: loss + x.square().sum(),
+}
+"""What may be differentiated twice in an argument `x`; in a sum autograd would leave out what it cannot."""
+
+
+def differentiate_twice(
+    function: Callable[..., Any], arguments: dict[str, Any], wrt: str, use: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The second derivative of `use(loss, x)`, summed over the first's elements, in `x`, the argument `wrt`."""
+    arguments = arguments | tree_map_only(Tensor, lambda x: x.detach().requires_grad_(), {wrt: arguments[wrt]})
+    x = tree_leaves(arguments[wrt])[0]
+    (gradient,) = torch.autograd.grad(use(function(**arguments).loss.sum(), x), x, create_graph=True)
+    return torch.autograd.grad(gradient.sum(), x)[0]
+
+
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with every floating-point tensor in float64."""
     return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, arguments)
@@ -139,13 +157,14 @@ def assert_matches(
 ) -> None:
     """`function` gives the values and gradients of `definition` in float64, within the tolerances below."""
     output, gradients = differentiate(function, arguments, wrt, dloss)
-    _, eager = differentiate(definition, arguments, wrt, dloss)
+    eager, eager_gradients = differentiate(definition, arguments, wrt, dloss)
     truth, true_gradients = differentiate(definition, in_float64(arguments), wrt, dloss)
-    for field, value, true_value in zip(output._fields, output, truth, strict=True):
+    for field, value, true_value, eager_value in zip(output._fields, output, truth, eager, strict=True):
         assert (value is None) == (true_value is None), f"{field}: got {value}, truth is {true_value}"
         if value is not None:
+            assert value.dtype == eager_value.dtype, f"{field}: {value.dtype}, {eager_value.dtype} is right"
             assert_value_close(value, true_value, field)
-    for gradient, true_gradient, eager_gradient in zip(gradients, true_gradients, eager, strict=True):
+    for gradient, true_gradient, eager_gradient in zip(gradients, true_gradients, eager_gradients, strict=True):
         assert_gradient_close(gradient, true_gradient, eager_gradient)
 
 
