@@ -35,7 +35,7 @@ from fastdistill.training.data import (
 from fastdistill.training.engine import StopRequest, make_accelerator, make_optimizer
 from fastdistill.training.evaluate import Evaluation, evaluate
 from fastdistill.training.guard import BadStepGuard, FirstStepGuard, TrainingFault
-from fastdistill.training.models import build_student, cached_teacher, demo_teacher, kept_layers, load
+from fastdistill.training.models import build_student, cached_teacher, check_context, demo_teacher, kept_layers, load
 from fastdistill.training.monitor import Monitor
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.schedule import learning_rate
@@ -77,6 +77,7 @@ def run(config: Config, output: Path) -> None:
 
     corpus = load_corpus(config.data)
     teacher_model, tokenizer = obtain_teacher(config, corpus, output, accelerator)
+    check_context(teacher_model, config.seq_len, "teacher")
     teacher = Teacher(teacher_model.to(accelerator.device))
     held_out = make_blocks(corpus.held_out, tokenizer, config.seq_len)
     all_text = make_blocks(corpus.train, tokenizer, config.seq_len)
@@ -136,6 +137,7 @@ def make_module(recipe: Config, teacher: PreTrainedModel, tokenizer: PreTrainedT
     if recipe.student:
         student, own_tokenizer = load(recipe.student)
         check_same_tokenizer(own_tokenizer, tokenizer)
+        check_context(student, recipe.seq_len, "student")
         layer_map = []
     else:
         layers = kept_layers(recipe.student_layers, teacher.config.get_text_config().num_hidden_layers)

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastdistill import checks, losses, softmax_kl_torch
+from fastdistill.rows import token_rows
+
 IMPLS = ["torch"]
 """Implementations that every parity test runs."""
 
@@ -205,6 +208,13 @@ def assert_gradient_close(gradient: Tensor, truth: Tensor, eager: Tensor) -> Non
     else:
         limit = eager_error + 1e-3
     assert error <= limit, f"relative error {error:.2e}, eager's {eager_error:.2e}"
+
+
+def read_nothing(monkeypatch: Any) -> None:
+    """Send the PyTorch paths the way that they take on a GPU, where a value that is read must be waited for."""
+    monkeypatch.setattr(checks, "_may_read", lambda tensor: False)
+    monkeypatch.setattr(losses, "token_rows", lambda *given, drop_uncounted: token_rows(*given, drop_uncounted=False))
+    monkeypatch.setattr(softmax_kl_torch, "_may_hold_neg_inf", lambda *logs: True)
 
 
 def peak_memory(make: Callable[[], Any], run: Callable[[Any], Any]) -> int:

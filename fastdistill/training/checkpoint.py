@@ -111,6 +111,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
+    (partial / MANIFEST).unlink(missing_ok=True)  # that of a folder whose files were copied
     files = sorted(file for file in partial.rglob("*") if file.is_file())
     hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
     (partial / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2))

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 
 class UsageError(Exception):
@@ -118,9 +118,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line: defaults, then a preset or file, then flags; all checked."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Distil a causal language model into a smaller one.",
         formatter_class=argparse.RawTextHelpFormatter,
         allow_abbrev=False,

@@ -19,11 +19,13 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, split once and for all: every tenth is held out."""
+    """Documents, split once and for all: every tenth is held out, and no paragraph stands in both parts."""
 
     name: str
     train: list[str]
     held_out: list[str]
+    repeated: int
+    """Characters left out because their paragraph stood in the text before."""
 
     def fingerprint(self) -> str:
         """Hash of the text and its split."""
@@ -34,28 +36,39 @@ class Corpus:
 
 
 def load_corpus(name: str) -> Corpus:
-    """'pydoc', Python's language reference from the standard library, or the paragraphs of a UTF-8 text file."""
+    """'pydoc', Python's language reference from the standard library, or a UTF-8 text file, whose paragraphs
+    (between empty lines) are the documents.
+
+    A paragraph that repeats an earlier one is dropped: topics of the reference quote each other at length, and text
+    that is both held out and learned from would make every student look better than it is.
+    """
     if name == "pydoc":
         from pydoc_data.topics import topics
 
-        documents = [topics[topic] for topic in sorted(topics)]
+        texts = [topics[topic].split("\n\n") for topic in sorted(topics)]
     else:
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            texts = [[paragraph] for paragraph in Path(name).read_text(encoding="utf-8").split("\n\n")]
         except OSError as error:
             raise UsageError(f"--data {name}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             where = f"byte {error.start} is {error.object[error.start]:#04x}"
             raise UsageError(f"--data {name} is not UTF-8 text: {where}") from error
-        documents = [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
+    seen: set[str] = {""}
+    documents, repeated = [], 0
+    for paragraphs in texts:
+        new = [p for p in dict.fromkeys(paragraphs) if p.strip() not in seen]
+        repeated += sum(map(len, paragraphs)) - sum(map(len, new))
+        seen.update(p.strip() for p in new)
+        if new:
+            documents.append("\n\n".join(new))
     if len(documents) < HELD_OUT_EVERY:
         raise UsageError(
-            f"--data {name} has {len(documents)} documents (paragraphs between empty lines), and every tenth is held "
-            f"out: at least {HELD_OUT_EVERY} are needed"
+            f"--data {name} has {len(documents)} different documents (paragraphs between empty lines), and every tenth "
+            f"is held out: at least {HELD_OUT_EVERY} are needed"
         )
-    held_out = documents[::HELD_OUT_EVERY]
     train = [document for i, document in enumerate(documents) if i % HELD_OUT_EVERY]
-    return Corpus(name, train, held_out)
+    return Corpus(name, train, documents[::HELD_OUT_EVERY], repeated)
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerBase:

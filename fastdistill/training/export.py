@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from fastdistill.training.checkpoint import write_folder
 from fastdistill.training.config import Config
+from fastdistill.training.models import context_length
 from fastdistill.training.report import Row, recipe, table
 
 SAMPLE_PROMPT = "The statement"
@@ -38,7 +39,7 @@ def student(trained: Path, path: Path, config: Config, rows: Sequence[Row]) -> N
 
 
 def sample(path: Path, new_tokens: int = 40) -> str:
-    """What the model in `path`, loaded by plain transformers, writes after a fixed prompt; greedy."""
+    """What the model in `path`, loaded by plain transformers, writes after a fixed prompt: greedily, in its context."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     student: Any = AutoModelForCausalLM.from_pretrained(path)
     prompt = tokenizer(SAMPLE_PROMPT, return_tensors="pt")["input_ids"]
@@ -46,7 +47,7 @@ def sample(path: Path, new_tokens: int = 40) -> str:
         ids = student.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
+            max_new_tokens=min(new_tokens, context_length(student) - prompt.shape[1]),
             do_sample=False,
             pad_token_id=tokenizer.eos_token_id,
         )

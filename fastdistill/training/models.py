@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdistill.training.config import MAY_CHANGE_ON_RESUME, Config, UsageError
 from fastdistill.training.data import END_OF_TEXT
@@ -59,6 +60,16 @@ def parts(model: PreTrainedModel) -> Parts:
     return Parts(base, lists[0], head)
 
 
+def context_length(model: PreTrainedModel) -> int:
+    """How many positions the model can take."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+
+
+def check_context(model: PreTrainedModel, seq_len: int, name: str) -> None:
+    if seq_len > context_length(model):
+        raise UsageError(f"--seq-len {seq_len} is more than the {context_length(model)} positions of the {name}")
+
+
 @contextmanager
 def captured_outputs(blocks: nn.ModuleList, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """While it lasts, the output `[B, S, D]` of each chosen block, by index, from the latest forward pass."""
@@ -90,14 +101,17 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def demo_teacher(tokenizer: PreTrainedTokenizerBase, *, depth: int, width: int, seq_len: int) -> PreTrainedModel:
-    """An untrained GPT-2 of `depth` layers and `width` channels, without dropout."""
+    """An untrained Llama of `depth` layers and `width` channels. Rotary positions leave the plateau at which learned
+    ones of this size still stand after 600 steps.
+    """
     if width % 32:
         raise UsageError(f"--teacher-width must be a multiple of 32, the width of a head, got {width}")
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     assert isinstance(end, int)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=seq_len, n_embd=width, n_layer=depth, n_head=width // 32,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=end, eos_token_id=end,
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=depth,
+        num_attention_heads=width // 32, max_position_embeddings=seq_len, tie_word_embeddings=True,
+        bos_token_id=end, eos_token_id=end,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
 

@@ -1,0 +1,263 @@
+"""train.py as a whole: what a step is, what the log says, how it stops, goes on, and refuses to lie."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastdistill.training.models import build_student, kept_layers, load
+from fastdistill.training.objective import DistillationModule, Losses
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGE = Path("seed-0/distilled")
+
+
+def weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_folder / STAGE / "last" / "model.safetensors")
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum((a[name] - b[name]).square().sum().item() for name in a))
+
+
+def assert_same_run(one: Path, other: Path, records) -> None:
+    """Bit for bit: every logged number and every weight."""
+    assert records(one / STAGE / "log.jsonl") == records(other / STAGE / "log.jsonl")
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+    assert (one / STAGE / "result.json").read_text() == (other / STAGE / "result.json").read_text()
+
+
+def test_accumulation_is_the_same_step_cut_in_pieces(run, records, smooth_teacher):
+    # AdamW magnifies rounding where a gradient is near 0: few steps keep that far below the movement.
+    flags = {"teacher": smooth_teacher, "max_steps": 3}
+    whole = run("whole", batch_size=24, grad_accum=1, **flags)
+    teacher = load(str(smooth_teacher))[0]
+    untrained = build_student(teacher, kept_layers("every-other", 4)).state_dict()
+    moved = distance(weights(whole), untrained)
+    assert moved > 0.1
+    for batch_size, grad_accum in ((12, 2), (8, 3), (6, 4), (3, 8)):
+        cut = run(f"cut-{grad_accum}", batch_size=batch_size, grad_accum=grad_accum, **flags)
+        assert json.loads((cut / STAGE / "result.json").read_text())["steps"] == 3
+        assert distance(weights(cut), weights(whole)) < 1e-3 * moved
+        for a, b in zip(records(whole / STAGE / "log.jsonl"), records(cut / STAGE / "log.jsonl"), strict=True):
+            assert (a["event"], a["step"]) == (b["event"], b["step"])
+            if a["event"] == "train":
+                assert b["total"] == pytest.approx(a["total"], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
+def test_a_resumed_run_is_the_run_that_never_stopped(run, records, stop_at):
+    # The checkpoints fall on steps 2, 4 and 6, the log lines on 2, 4 and 6: 1, 3 and 5 lie between both.
+    whole = run("whole", log_steps=2)
+    run("stopped", log_steps=2, stop_at=stop_at)
+    assert not (run("stopped", resume=True, stop_at=stop_at + 1) / STAGE / "last").exists() or stop_at == 5
+    assert_same_run(run("stopped", resume=True), whole, records)
+
+
+def test_resuming_from_an_older_checkpoint_writes_the_log_once(run, records):
+    whole = run("whole")
+    folder = run("killed", stop_at=5)
+    newest = max((folder / STAGE / "checkpoints").iterdir())
+    for file in newest.iterdir():
+        file.unlink()
+    assert_same_run(run("killed", resume=True), whole, records)
+
+
+def test_a_finished_run_resumes_to_the_same_report(run):
+    folder = run()
+    report = (folder / "report.md").read_text().split("Recipe")[0]
+    (folder / "report.md").unlink()
+    run(resume=True)
+    assert (folder / "report.md").read_text().split("Recipe")[0] == report
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(arguments, tmp_path, run, records):
+    flags = {"max_steps": 100, "log_steps": 5, "eval_steps": 50, "save_steps": 100}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments("interrupted", **flags)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    log, deadline = tmp_path / "interrupted" / STAGE / "log.jsonl", time.monotonic() + 300
+    while not (log.exists() and '"train"' in log.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    step = int(re.findall(r"stopped and saved at step (\d+) of 100", errors)[0])
+    assert 5 <= step < 100
+    assert "train.py --resume --output-dir" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert_same_run(run("interrupted", resume=True), run("whole", **flags), records)
+
+
+def test_the_log_is_in_the_founding_format(run, capfd, records):
+    folder = run(detail_steps=2, log_steps=1)
+    out = "".join(capfd.readouterr())
+    log = records(folder / STAGE / "log.jsonl")
+    detailed = [r for r in log if r["event"] == "train" and r["step"] % 2 == 0]
+    assert len(detailed) == 3
+    for record in detailed:
+        parts = sorted(record["components"].items(), key=lambda item: -item[1]["weighted"])
+        block = [f"[Step {record['step']}]", f"Total Loss: {record['total']:.2f}"]
+        block += [f"  {name}_loss: {part['weighted']:.2f} ({part['share']:.0%})" for name, part in parts]
+        assert "\n".join(block) in out
+    evaluations = re.findall(r"\[Eval\] loss: (\d+\.\d{3}), ppl: (\d+\.\d)", out)
+    assert len(evaluations) == len([r for r in log if r["event"] == "eval"]) == 3
+    for loss, ppl in evaluations:
+        assert ppl == f"{math.exp(float(loss)):.1f}"
+
+
+def test_components_sum_to_the_total_and_shares_to_one(run, records):
+    for record in records(run() / STAGE / "log.jsonl"):
+        if record["event"] == "train":
+            parts = record["components"].values()
+            assert sum(part["weight"] * part["raw"] for part in parts) == pytest.approx(record["total"], rel=1e-5)
+            assert sum(part["share"] for part in parts) == pytest.approx(1)
+            assert record["learning_rate"] > 0
+
+
+def test_the_learning_rate_of_a_run_that_stops_early_is_that_of_the_whole(run, records):
+    rates = [
+        [r["learning_rate"] for r in records(run(name, **flags) / STAGE / "log.jsonl") if r["event"] == "train"]
+        for name, flags in (("whole", {}), ("stopped", {"stop_at": 3}))
+    ]
+    assert rates[1] == rates[0][:3]
+
+
+def test_a_run_with_a_baseline_reports_all_models_side_by_side(run):
+    folder = run(baseline=True, seeds=2)
+    results = json.loads((folder / "results.json").read_text())
+    recipes = ("ce-only, best checkpoint", "ce-only, last", "distilled, best checkpoint", "distilled, last")
+    expected = [("teacher", None), ("untrained student", None), *((name, seed) for seed in (0, 1) for name in recipes)]
+    assert [(row["name"], row["seed"]) for row in results["rows"]] == expected
+    report = (folder / "report.md").read_text()
+    for row in results["rows"]:
+        assert f"| {row['evaluation']['loss']:.3f} | {math.exp(row['evaluation']['loss']):.2f} |" in report
+    for row, better in zip(results["rows"][3::2], results["rows"][2::2], strict=True):
+        assert better["evaluation"]["loss"] <= row["evaluation"]["loss"]
+    assert results["rows"][0]["evaluation"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_student_loads_with_plain_transformers_and_writes(run):
+    folder = run() / "student"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    student = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("the student", return_tensors="pt")["input_ids"]
+    written = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert written.shape[1] == ids.shape[1] + 4
+    assert student.config.num_hidden_layers == 2
+    assert (folder / "generation_config.json").exists()
+    assert "| teacher |" in (folder / "README.md").read_text()
+
+
+def test_the_demo_teacher_is_trained_once(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FASTDISTILL_CACHE", str(tmp_path / "cache"))
+    demo: dict[str, object] = {"teacher": "demo", "teacher_steps": 2, "teacher_depth": 2, "teacher_width": 32}
+    demo |= {"vocab_size": 270, "max_steps": 1}
+    run("first", **demo)
+    assert "teacher: 2 steps on all of the text, once" in capsys.readouterr().out
+    run("second", **demo, temperature=4.0)
+    assert "teacher: the one trained before" in capsys.readouterr().out
+    run("other", **demo | {"teacher_steps": 3})
+    assert "teacher: 3 steps on all of the text, once" in capsys.readouterr().out
+    cached = sorted((tmp_path / "cache").iterdir())
+    assert len(cached) == 2
+    for folder in cached:
+        (folder / "model.safetensors").write_bytes(b"damaged")
+    run("again", **demo)
+    assert "teacher: 2 steps on all of the text, once" in capsys.readouterr().out
+
+
+def test_an_optimizer_that_does_not_step_is_found_out(run, monkeypatch, capsys):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    run(expect=1)
+    assert re.search(r"stopped: the optimizer stepped .* none of \d+ parameters moved", capsys.readouterr().err)
+
+
+def test_a_learning_rate_of_0_is_found_out(run, train_py, monkeypatch, capsys):
+    monkeypatch.setattr(train_py, "learning_rate", lambda *_, **__: 0.0)
+    run(expect=1)
+    assert "the learning rate of the first optimizer step is 0.0" in capsys.readouterr().err
+
+
+def planted_nan(monkeypatch, at: set[int]) -> None:
+    """Make the kd loss NaN in these forward passes, counted from 1."""
+    forward, calls = DistillationModule.forward, iter(range(1, 1000))
+
+    def faulty(self, batch, teacher, counts):
+        losses = forward(self, batch, teacher, counts)
+        if next(calls) not in at:
+            return losses
+        return Losses(losses.total * torch.nan, losses.raw | {"kd": losses.raw["kd"] * torch.nan})
+
+    monkeypatch.setattr(DistillationModule, "forward", faulty)
+
+
+def test_a_nan_is_skipped_counted_and_said(run, records, monkeypatch):
+    planted_nan(monkeypatch, {2, 4})
+    folder = run()
+    log = records(folder / STAGE / "log.jsonl")
+    train = [r for r in log if r["event"] == "train"]
+    assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
+    assert train[-1]["skipped_steps"] == 2
+    assert sum("not finite" in r.get("message", "") for r in log) == 2
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+
+
+def test_nans_in_a_row_end_the_run_and_name_the_component(run, monkeypatch, capsys):
+    planted_nan(monkeypatch, set(range(3, 99)))
+    run(expect=1, max_bad_steps=3)
+    assert "the loss was not finite in 3 steps in a row, last: kd nan" in capsys.readouterr().err
+
+
+def test_a_taken_output_folder_is_left_alone(run, tmp_path, capsys):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    run("taken", expect=2)
+    assert re.search("train.py: --output-dir .*/taken is not empty", capsys.readouterr().err)
+    assert [file.name for file in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"output_dir": "/dev/null/run"}, "--output-dir /dev/null/run cannot be written: Not a directory"),
+        ({"data": "absent.txt"}, "--data absent.txt: No such file or directory"),
+        ({"teacher": "absent"}, "cannot load the model absent"),
+        ({"student_layers": "7"}, "--student-layers must rise within the teacher's layers 0 to 3, got '7'"),
+        ({"seq_len": 64}, "--seq-len 64 is more than the 16 positions of the teacher"),
+        ({"precision": "fp16"}, "--precision fp16 needs a CUDA GPU"),
+    ],
+)
+def test_a_mistake_is_one_line_and_not_a_success(run, capsys, flags, message):
+    if "precision" in flags and torch.cuda.is_available():
+        pytest.skip("there is a CUDA GPU here")
+    run(expect=2, **flags)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith(f"train.py: {message}")
+
+
+@pytest.mark.slow
+def test_the_demo_distils_better_than_cross_entropy_alone(tmp_path):
+    environment = os.environ | {"FASTDISTILL_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "train.py", "--preset", "demo", "--output-dir", str(tmp_path / "demo"), "--seeds", "3"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    rows = json.loads((tmp_path / "demo" / "results.json").read_text())["rows"]
+    loss = {(row["name"], row["seed"]): row["evaluation"]["loss"] for row in rows}
+    for seed in range(3):
+        assert loss["distilled, last", seed] < loss["ce-only, last", seed] - 0.03
+        assert loss["teacher", None] < loss["distilled, last", seed] < loss["untrained student", None]
