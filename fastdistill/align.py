@@ -42,7 +42,9 @@ def cut(per_token: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def shared_vocab_size(student_vocab: int, teacher_vocab: int | None, vocab_size: int | None) -> int:
     """How many leading ids both softmaxes run over; ids above belong to the padding of the larger head."""
-    return vocab_size or min(student_vocab, teacher_vocab or student_vocab)
+    if vocab_size is not None:
+        return vocab_size
+    return student_vocab if teacher_vocab is None else min(student_vocab, teacher_vocab)
 
 
 def token_weights(
@@ -68,6 +70,7 @@ def token_weights(
     return weights
 
 
-def inverse_count(num_tokens: Tensor) -> Tensor:
-    """1 / num_tokens, and 0 where there are none, without reading the device."""
-    return torch.where(num_tokens > 0, 1 / num_tokens, torch.zeros_like(num_tokens))
+def mean(total: Tensor, num_tokens: Tensor) -> Tensor:
+    """total / num_tokens, and 0 where there are none, even of an infinite total; the device is not read."""
+    counted = num_tokens > 0
+    return torch.where(counted, total / torch.where(counted, num_tokens, 1), 0)

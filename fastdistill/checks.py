@@ -31,6 +31,13 @@ def check_float_tensor(name: str, value: Any, ndims: tuple[int, ...], layout: st
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {value.dtype}")
     if value.ndim not in ndims:
         raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
+    if value.shape[-1] == 0 or (value.ndim == 2 and layout == "[V, D]" and len(value) == 0):
+        raise ValueError(f"{name} must be {layout} with V and D of at least 1, got shape {tuple(value.shape)}")
+
+
+def check_sequence(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        raise ValueError(f"{name} must be a list or tuple of tensors, one a layer, got {type(value).__name__}")
 
 
 def check_pair(student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> None:
@@ -88,8 +95,10 @@ def check_mask(mask: Any, leading: tuple[int, ...], beside: Tensor) -> None:
     check_device("mask", mask, beside)
     if mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("mask requires a gradient, and none flows to it: pass mask.detach()")
-    if mask.dtype.is_floating_point and _may_read(mask) and not bool((mask >= 0).all() & mask.isfinite().all()):
-        raise ValueError(f"mask must hold finite weights >= 0, got a minimum of {mask.min().item()}")
+    if mask.dtype != torch.bool and _may_read(mask):
+        wrong = mask[~((mask >= 0) & mask.isfinite())]
+        if len(wrong) > 0:
+            raise ValueError(f"mask must hold finite weights >= 0, got {wrong[0].item()} and {len(wrong) - 1} more")
 
 
 def scalar(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float | Tensor:
@@ -113,10 +122,10 @@ def scalar(name: str, value: Any, *, above: float | None = None, at_least: float
     return float(value)
 
 
-def whole_number(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> int:
+def whole_number(name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, got {_kind(value)}")
-    if value < at_least or (at_most is not None and value > at_most):
+    if (at_least is not None and value < at_least) or (at_most is not None and value > at_most):
         limit = f"in [{at_least}, {at_most}]" if at_most is not None else f">= {at_least}"
         raise ValueError(f"{name} must be {limit}, got {value}")
     return value

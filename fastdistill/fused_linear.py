@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastdistill import checks
 from fastdistill.backend import choose_impl
+from fastdistill.differentiation import first_derivative_only, full_precision
 from fastdistill.losses import prepare
 from fastdistill.outputs import LossOutput
 from fastdistill.reference import compute_dtype
@@ -117,6 +117,7 @@ def linear_softmax_kl(
         rows,
         prepared.options,
         max_chunk_bytes or MAX_CHUNK_BYTES,
+        torch.is_grad_enabled(),
     )
     return prepared.output(TokenTerms(*terms), rows)
 
@@ -162,7 +163,7 @@ class _Head:
 class _Gradients:
     """Gradients of the student's hidden states and head, summed over chunks; only those that are needed."""
 
-    def __init__(self, hidden: Tensor, student: _Head, needs: tuple[bool, bool, bool]):
+    def __init__(self, hidden: Tensor, student: _Head, needs: tuple[bool, ...]):
         self.student = student
         self.hidden = torch.zeros_like(hidden, dtype=student.dtype) if needs[0] else None
         self.weight = torch.zeros_like(student.weight) if needs[1] else None
@@ -217,9 +218,9 @@ class _LinearSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, rows, options, max_chunk_bytes = arguments
-        needs = ctx.needs_input_grad[:3]
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        *inputs, rows, options, max_chunk_bytes, grad_mode = arguments
+        needs = tuple(grad_mode and needed for needed in ctx.needs_input_grad[:3])
+        with full_precision(inputs[0]):
             student, teacher = _heads(tuple(inputs), options)
             gradients = _Gradients(inputs[0], student, needs)
             parts = []
@@ -237,7 +238,7 @@ class _LinearSum(torch.autograd.Function):
         return terms.loss.sum(), *terms[1:]
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss, *_):
         if ctx.gradients is None:
             raise RuntimeError(
@@ -249,7 +250,7 @@ class _LinearSum(torch.autograd.Function):
             None if x is None else x.mul_(dloss).to(dtype)
             for x, dtype in zip((gradients.hidden, gradients.weight, gradients.bias), ctx.dtypes, strict=True)
         ]
-        return *scaled, None, None, None, None, None, None
+        return *scaled, *(None,) * 7
 
 
 class _LinearTokens(torch.autograd.Function):
@@ -257,10 +258,10 @@ class _LinearTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, rows, options, max_chunk_bytes = arguments
+        *inputs, rows, options, max_chunk_bytes, _ = arguments
         ctx.save_for_backward(*inputs)
         ctx.rows, ctx.options, ctx.max_chunk_bytes = rows, options, max_chunk_bytes
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with full_precision(inputs[0]):
             student, teacher = _heads(tuple(inputs), options)
             walk = _walk(student, teacher, rows, options, max_chunk_bytes, gradient=False)
             terms = TokenTerms.join([terms.weighted(chunk) for chunk, _, terms, _ in walk])
@@ -268,10 +269,10 @@ class _LinearTokens(torch.autograd.Function):
         return tuple(terms)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss, *_):
         inputs, rows, options = ctx.saved_tensors, ctx.rows, ctx.options
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with full_precision(inputs[0]):
             student, teacher = _heads(inputs, options)
             gradients = _Gradients(inputs[0], student, ctx.needs_input_grad[:3])
             start = 0
@@ -282,4 +283,4 @@ class _LinearTokens(torch.autograd.Function):
                 start += len(chunk)
         made = (gradients.hidden, gradients.weight, gradients.bias)
         made = [None if x is None else x.to(source.dtype) for x, source in zip(made, inputs[:3], strict=True)]
-        return *made, None, None, None, None, None, None
+        return *made, *(None,) * 7

@@ -4,7 +4,7 @@
 
     mse, none          2 e / D
     mse, teacher_rms   2 e / (D (mean t^2 + eps))
-    mse, layer_norm    (g - mean g - n mean(g n)) / sigma,  n = layer_norm(s), g = 2 (n - layer_norm(t)) / D
+    mse, layer_norm    (g - n mean(g n)) / sigma,  n = layer_norm(s), g = 2 (n - layer_norm(t)) / D, whose mean is 0
     cosine             -(t / (|t| + eps) - cos s / |s|) / (|s| + eps)
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastdistill.differentiation import first_derivative_only, full_precision
 from fastdistill.reference import LAYER_EPS, compute_dtype
 from fastdistill.rows import TokenRows
 
@@ -41,13 +41,13 @@ def _teacher_rms(s: Tensor, t: Tensor, gradient: bool) -> tuple[Tensor, Tensor |
 
 def _layer_norm(s: Tensor, t: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
     width = s.shape[-1:]
-    n_s, n_t = F.layer_norm(s, width, eps=LAYER_EPS), F.layer_norm(t, width, eps=LAYER_EPS)
-    error, g = _mse(n_s.clone() if gradient else n_s, n_t, gradient)
+    n_s, _, inverse_sigma = torch.native_layer_norm(s, width, None, None, LAYER_EPS)
+    n_t = F.layer_norm(t, width, eps=LAYER_EPS)
+    error, g = _mse(s.copy_(n_s), n_t, gradient)
     if g is None:
         return error, None
-    sigma = (s.var(-1, correction=0, keepdim=True) + LAYER_EPS).sqrt()
     along = torch.linalg.vecdot(g, n_s)[:, None] / width[0]
-    return error, g.sub_(g.mean(-1, keepdim=True)).sub_(n_s.mul_(along)).div_(sigma)
+    return error, g.sub_(n_s.mul_(along)).mul_(inverse_sigma)
 
 
 def _cosine(s: Tensor, t: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -83,7 +83,7 @@ class _TokenErrors(torch.autograd.Function):
         return torch.cat(errors)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss):
         student, teacher = ctx.saved_tensors
         output = torch.zeros_like(student)
@@ -100,4 +100,6 @@ def _walk(student, teacher, rows, form, *, gradient):
     dtype = compute_dtype(student)
     for chunk in rows.chunks(max(1, CHUNK_BYTES // (student.shape[-1] * dtype.itemsize))):
         s, t = chunk.take(student.detach(), dtype), chunk.take(teacher.detach(), dtype)
-        yield chunk, *form(s, t, gradient)
+        with full_precision(s):
+            error, grad = form(s, t, gradient)
+        yield chunk, error, grad

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import checks
-from fastdistill.align import common_positions, cut, inverse_count, shared_vocab_size, token_weights
+from fastdistill.align import common_positions, cut, mean, shared_vocab_size, token_weights
 from fastdistill.backend import choose_impl
 from fastdistill.layer_loss_torch import token_errors
 from fastdistill.outputs import LayerLossOutput, LossOutput
@@ -125,12 +125,11 @@ class Prepared:
 
     def output(self, terms: TokenTerms, rows: TokenRows) -> LossOutput:
         """Reduce weighted terms of the tokens in `rows`; `loss` may come summed already."""
-        scale = inverse_count(self.num_tokens) if self.reduction == "mean" else None
 
         def reduce(term: Tensor) -> Tensor:
             if self.reduction == "none":
                 return rows.spread(term, self.leading)
-            return term.sum() if scale is None else term.sum() * scale
+            return mean(term.sum(), self.num_tokens) if self.reduction == "mean" else term.sum()
 
         loss, *values = terms
         return LossOutput(
@@ -165,6 +164,7 @@ def prepare(
     leading = tuple(student.shape[:-1])
     checks.check_choice("divergence", divergence, checks.DIVERGENCES)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.whole_number("ignore_index", ignore_index)
     jsd_beta = float(checks.scalar("jsd_beta", jsd_beta))
     if not 0 < jsd_beta < 1:
         raise ValueError(
@@ -219,7 +219,7 @@ def count_tokens(num_tokens: float | Tensor | None, weights: Tensor) -> Tensor:
 
 def _shared_vocab(student_vocab: int, teacher_vocab: int | None, vocab_size: int | None) -> int:
     if vocab_size is not None:
-        most = min(student_vocab, teacher_vocab or student_vocab)
+        most = student_vocab if teacher_vocab is None else min(student_vocab, teacher_vocab)
         checks.whole_number("vocab_size", vocab_size, at_least=1, at_most=most)
     return shared_vocab_size(student_vocab, teacher_vocab, vocab_size)
 
@@ -280,6 +280,8 @@ def layer_loss(
     checks.check_choice("normalize", normalize, ("none", "layer_norm", "teacher_rms"))
     if metric == "cosine" and normalize != "none":
         raise ValueError(f"normalize must be 'none' for metric='cosine', got {normalize!r}")
+    checks.check_sequence("student_states", student_states)
+    checks.check_sequence("teacher_states", teacher_states)
     student_states, teacher_states = list(student_states), list(teacher_states)
     _check_states(student_states, teacher_states)
     layer_weights = _check_layer_weights(layer_weights, len(student_states))
@@ -298,7 +300,7 @@ def layer_loss(
         weights = layer_token_weights(shape, mask, skip_first, compute_dtype(student), student.device)
         rows = token_rows(weights, None, drop_uncounted=student.device.type == "cpu")
         errors = token_errors(student, teacher, rows, metric, normalize)
-        per_layer.append(errors.sum() * inverse_count(count_tokens(num_tokens, weights)))
+        per_layer.append(mean(errors.sum(), count_tokens(num_tokens, weights)))
     return combine_layers(per_layer, layer_weights)
 
 
@@ -333,9 +335,12 @@ def _check_states(student_states: list[Tensor], teacher_states: list[Tensor]) ->
 def _check_layer_weights(layer_weights: Any, layers: int) -> list[float] | Tensor | None:
     if layer_weights is None:
         return None
-    weights = torch.as_tensor(layer_weights, dtype=torch.float64)
+    try:
+        weights = torch.as_tensor(layer_weights, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"layer_weights must hold numbers, got {layer_weights!r}") from error
     if tuple(weights.shape) != (layers,):
         raise ValueError(f"layer_weights must hold one weight for each of {layers} layers, got {layer_weights!r}")
-    if not bool((weights >= 0).all()) or not weights.sum() > 0:
-        raise ValueError(f"layer_weights must be >= 0 and not all 0, got {layer_weights!r}")
+    if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.sum() > 0:
+        raise ValueError(f"layer_weights must be finite, >= 0 and not all 0, got {layer_weights!r}")
     return weights.tolist()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.align import common_positions, cut, inverse_count, shared_vocab_size, token_weights
+from fastdistill.align import common_positions, cut, mean, shared_vocab_size, token_weights
 from fastdistill.outputs import LayerLossOutput, LossOutput
 
 LAYER_EPS = 1e-5
@@ -35,14 +35,14 @@ def forward_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
 def reverse_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
     """KL(student || teacher) = sum p_s (log p_s - log p_t); log-probabilities `[..., V]` to `[...]`.
 
-    Student mass where the teacher has none makes the value infinite; the gradient then counts such an id's
-    log-ratio as `MAX_LOG_RATIO`, so that it stays finite and pushes the mass away.
+    Student mass where the teacher has none makes the value infinite; the gradient then takes such an id's log-ratio
+    as `MAX_LOG_RATIO`, so that it stays finite and pushes the mass away.
     """
     no_student, no_teacher = torch.isneginf(log_s), torch.isneginf(log_t)
-    log_ratio = log_s.masked_fill(no_student, 0) - log_t.masked_fill(no_teacher, 0)
-    log_ratio = torch.where(no_teacher, MAX_LOG_RATIO, log_ratio)
     p_s = log_s.exp()
-    value = torch.where(no_student, 0, p_s * log_ratio).sum(-1)
+    log_s = log_s.masked_fill(no_student, 0)
+    log_t = torch.where(no_teacher, log_s.detach() - MAX_LOG_RATIO, log_t)
+    value = torch.where(no_student, 0, p_s * (log_s - log_t)).sum(-1)
     return value + torch.where((no_teacher & (p_s > 0)).any(-1), torch.inf, 0.0)
 
 
@@ -130,7 +130,7 @@ def softmax_kl(
         weighted = torch.where(counts, w * per_token, 0)
         if reduction == "none":
             return _pad_positions(weighted, tuple(student_logits.shape[:-1]))
-        return weighted.sum() * inverse_count(n) if reduction == "mean" else weighted.sum()
+        return mean(weighted.sum(), n) if reduction == "mean" else weighted.sum()
 
     values = (kl, ce, student_entropy, teacher_entropy, top1_agreement)
     return LossOutput(
@@ -190,7 +190,7 @@ def layer_loss(
         else:
             error = (s - t).square().mean(-1)
         n = w.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=w.device)
-        per_layer.append(torch.where(counts[..., 0], w * error, 0).sum() * inverse_count(n))
+        per_layer.append(mean(torch.where(counts[..., 0], w * error, 0).sum(), n))
     return combine_layers(per_layer, layer_weights)
 
 
@@ -206,12 +206,12 @@ def layer_token_weights(
 
 
 def combine_layers(per_layer: list[Tensor], layer_weights: Sequence[float] | Tensor | None) -> LayerLossOutput:
-    """Mean over layers weighted by `layer_weights`, which need not sum to 1."""
+    """Mean over layers weighted by `layer_weights`, which need not sum to 1; a layer of weight 0 is left out."""
     stacked = torch.stack(per_layer)
     if layer_weights is None:
         return LayerLossOutput(stacked.mean(), stacked.detach())
     weights = torch.as_tensor(layer_weights, dtype=stacked.dtype, device=stacked.device)
-    return LayerLossOutput((weights * stacked).sum() / weights.sum(), stacked.detach())
+    return LayerLossOutput(torch.where(weights > 0, weights * stacked, 0).sum() / weights.sum(), stacked.detach())
 
 
 def _pad_positions(per_token: Tensor, shape: tuple[int, ...]) -> Tensor:

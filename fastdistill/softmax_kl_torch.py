@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastdistill.differentiation import first_derivative_only, full_precision
 from fastdistill.reference import MAX_LOG_RATIO, compute_dtype
 from fastdistill.rows import TokenRows
 
@@ -178,8 +178,8 @@ def _log_softmax_(logits: Tensor) -> Tensor:
 
 
 def _may_hold_neg_inf(*logs: Tensor) -> bool:
-    """Whether the -inf handling, as dear as the rest together on a CPU, is needed. A device is not asked."""
-    return any(log.device.type != "cpu" or (log.numel() > 0 and log.amin() <= -1e30) for log in logs)
+    """Whether to handle -inf, which costs a CPU as much as all the rest. NaN may hide it; a device is not asked."""
+    return any(log.device.type != "cpu" or (log.numel() > 0 and not log.amin() > -1e30) for log in logs)
 
 
 def softmax_kl(
@@ -207,7 +207,7 @@ class _SoftmaxKL(torch.autograd.Function):
         return tuple(terms)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, dloss, *_):
         student_logits, teacher_logits = ctx.saved_tensors
         rows = ctx.rows
@@ -234,5 +234,6 @@ def _walk(student_logits, teacher_logits, rows, options, *, gradient):
         teacher = None
         if teacher_logits is not None:
             teacher = chunk.take(teacher_logits.detach()[..., : options.shared_vocab], dtype)
-        terms, grad = chunk_terms(student, teacher, chunk.targets, options, gradient=gradient)
+        with full_precision(student):
+            terms, grad = chunk_terms(student, teacher, chunk.targets, options, gradient=gradient)
         yield chunk, terms, grad

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_a_run_with_a_baseline_reports_all_models_side_by_side(run):
 def test_the_student_loads_with_plain_transformers_and_writes(run):
     folder = run() / "student"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    student = AutoModelForCausalLM.from_pretrained(folder)
+    student: Any = AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer("the student", return_tensors="pt")["input_ids"]
     written = student.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert written.shape[1] == ids.shape[1] + 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from fastdistill.training.evaluate import evaluate, perplexity
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 
 CPU = torch.device("cpu")
-SHAPE = {"vocab_size": 40, "n_positions": 10, "n_embd": 16, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+SHAPE: dict[str, Any] = dict(vocab_size=40, n_positions=10, n_embd=16, n_head=2, bos_token_id=0, eos_token_id=0)
 
 
 def model(layers: int, seed: int) -> GPT2LMHeadModel:
@@ -63,7 +65,7 @@ def test_each_component_is_its_definition_on_whole_logits(blocks, teacher):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_of_a_window_add_up_to_the_window(blocks, teacher, size):
-    def gradients(rows: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    def gradients(rows: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
         module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layer_map=[(0, 1), (1, 3)])
         batches = [blocks.batch(part, CPU) for part in rows]
         counts = module.count(batches)
