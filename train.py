@@ -6,8 +6,11 @@ Reads top to bottom: the command, the run (a teacher, then for each seed a stude
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -46,6 +49,8 @@ class Stopped(Exception):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is written
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -63,9 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train.py: stopped: {error}", file=sys.stderr)
         return 1
     except (Stopped, KeyboardInterrupt) as stop:
-        print(
-            f"\n{stop or 'Interrupted'}. To go on:\n  python train.py --resume --output-dir {output}", file=sys.stderr
-        )
+        go_on = [os.path.relpath(sys.executable), "train.py", "--resume", "--output-dir", str(output)]
+        print(f"\n{stop or 'Interrupted'}. To go on:\n  {shlex.join(go_on)}", file=sys.stderr)
         return 0 if isinstance(stop, Stopped) and config.stop_at else 130
     return 0
 

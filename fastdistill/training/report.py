@@ -54,10 +54,17 @@ def write(output: Path, config: Config, rows: Sequence[Row], *, seconds: float) 
         f"predicted once from at most {config.seq_len - 1} before it; perplexity is its exp. KL(teacher || student) "
         "and top-1 agreement with the teacher are at temperature 1. A best checkpoint is the one with the lowest "
         "held-out loss: it is chosen on the text it is reported on.",
+        _text_seen(config),
         "![held-out loss](curves.png)",
         f"Recipe: {recipe(config)}. {seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
     ]
     (output / "report.md").write_text("\n\n".join(part for part in text if part) + "\n")
+
+
+def _text_seen(config: Config) -> str:
+    share = f"{config.data_share:.0%} of the training text, another part for each seed"
+    students = f"The students saw {share if config.data_share < 1 else 'all of the training text'}"
+    return students + ("; the teacher learned from all of it." if config.teacher == "demo" else ".")
 
 
 def table(rows: Sequence[Row]) -> str:

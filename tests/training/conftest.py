@@ -82,7 +82,7 @@ def arguments(teacher_folder, text_file, tmp_path) -> Callable[..., list[str]]:
         settings: dict[str, object] = {
             "teacher": teacher_folder, "data": text_file, "seq_len": SEQ_LEN, "batch_size": 4, "max_steps": 6,
             "lr": 1e-2, "warmup_steps": 2, "layerwise_weight": 0.5, "data_share": 1.0, "log_steps": 1, "eval_steps": 3,
-            "save_steps": 2, "precision": "fp32", "baseline": False,
+            "save_steps": 2, "precision": "fp32", "baseline": False, "student_layers": "every-other",
         }  # fmt: skip
         settings = ({} if flags.get("resume") else settings) | {"output_dir": tmp_path / name, **flags}
         parts = []

@@ -90,7 +90,7 @@ def test_a_run_is_resumed_with_its_own_settings(tmp_path):
 def test_resuming_changes_nothing_that_the_numbers_depend_on(tmp_path):
     begun = parse(["--output-dir", str(tmp_path)])
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(begun)))
-    with pytest.raises(UsageError, match=r"--lr 0.25 differs from the 0.002 that the run in .* began with"):
+    with pytest.raises(UsageError, match=r"--lr 0.25 differs from the 0.0005 that the run in .* began with"):
         parse(["--resume", "--output-dir", str(tmp_path), "--lr", "0.25"])
 
 
