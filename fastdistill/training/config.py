@@ -113,7 +113,8 @@ MAY_CHANGE_ON_RESUME = {
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
         "data_share": 0.1, "student_layers": "0,3", "baseline": True, "max_steps": 200,
-        "kd_weight": 0.9, "lm_weight": 0.1, "layerwise_weight": 0.5, "log_steps": 20, "detail_steps": 100, "eval_steps": 25, "save_steps": 50,
+        "kd_weight": 0.9, "lm_weight": 0.1, "layerwise_weight": 0.5,
+        "log_steps": 20, "detail_steps": 100, "eval_steps": 25, "save_steps": 50,
     },
 }  # fmt: skip
 

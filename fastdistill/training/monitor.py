@@ -92,7 +92,7 @@ class Monitor:
         for name, share in shares.items():
             if len(shares) > 1 and share > DOMINANT_SHARE and name not in self.warned:
                 self.warned.add(name)
-                self.warn(step, f"{name}_loss is {share:.0%} of the total: the other components are hardly heard")
+                self.warn(step, f"{name}_loss is {share:.0%} of the total, above {DOMINANT_SHARE:.0%}")
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.steps = self.tokens = 0
         self.started = time.perf_counter()
