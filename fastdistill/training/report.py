@@ -116,7 +116,6 @@ def plot(output: Path, config: Config, rows: Sequence[Row]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FormatStrFormatter
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     colors = {"ce-only": "tab:orange", "distilled": "tab:blue"}
@@ -128,16 +127,13 @@ def plot(output: Path, config: Config, rows: Sequence[Row]) -> None:
             left.plot([r["step"] for r in records], [r["loss"] for r in records], color=color, label=label, marker=".")
     teacher = rows[0].evaluation.loss
     left.axhline(teacher, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher:.3f}")
-    left.set(xlabel="optimizer step", ylabel="nats a token", title="held-out loss", yscale="log")
-    left.yaxis.set_major_formatter(FormatStrFormatter("%.1f"))
-    left.yaxis.set_minor_formatter(FormatStrFormatter("%.1f"))
+    left.set(xlabel="optimizer step", ylabel="nats a token", title="held-out loss")
     left.legend()
 
     records = read_log(output / f"seed-{config.seed}" / "distilled" / "log.jsonl", "train")
-    for name in records[0]["components"]:
-        right.plot(
-            [r["step"] for r in records], [r["components"][name]["weighted"] for r in records], label=f"{name}_loss"
-        )
+    for name, color in zip(records[0]["components"], ("tab:purple", "tab:green", "tab:gray"), strict=False):
+        weighted = [r["components"][name]["weighted"] for r in records]
+        right.plot([r["step"] for r in records], weighted, color=color, label=f"{name}_loss")
     right.set(xlabel="optimizer step", title="components of the distilled student's loss, weighted", ylim=(0, None))
     right.legend()
     figure.savefig(output / "curves.png", dpi=120)
