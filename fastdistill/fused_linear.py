@@ -194,7 +194,7 @@ def _walk(
     student_buffer = student.weight.new_empty(size, vocab)
     teacher_buffer = None if teacher is None else teacher.weight.new_empty(size, len(teacher.weight))
     for chunk in rows.chunks(size):
-        # A dropped row may hold NaN, and 0 * NaN would reach the weight's gradient.
+        # A row that does not count may hold NaN, and 0 * NaN would reach the weight's gradient.
         hidden = chunk.zero_uncounted_(student.rows(chunk))
         logits = student.logits(hidden, student_buffer)
         teacher_logits = None

@@ -87,7 +87,10 @@ def test_a_finished_run_resumes_to_the_same_report(run):
 def test_ctrl_c_saves_and_says_how_to_go_on(arguments, tmp_path, run, records):
     flags = {"max_steps": 100, "log_steps": 5, "eval_steps": 50, "save_steps": 100}
     command = [sys.executable, str(ROOT / "train.py"), *arguments("interrupted", **flags)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number rounds otherwise
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | threads, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
     log, deadline = tmp_path / "interrupted" / STAGE / "log.jsonl", time.monotonic() + 300
     while not (log.exists() and '"train"' in log.read_text()):
         assert process.poll() is None, process.communicate()[1]
