@@ -24,7 +24,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdistill.training import checkpoint, export, report
-from fastdistill.training.config import Config, UsageError, open_output, parse
+from fastdistill.training.config import Config, UsageError, abandon_output, open_output, parse
 from fastdistill.training.data import (
     Blocks,
     Corpus,
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(config, output)
     except UsageError as error:
+        abandon_output(output)
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except TrainingFault as error:

@@ -175,6 +175,13 @@ def open_output(config: Config) -> Path:
     return path
 
 
+def abandon_output(path: Path) -> None:
+    """Remove a new run's folder if nothing but its configuration is in it, so that its name is free again."""
+    if [file.name for file in path.iterdir()] == ["config.json"]:
+        (path / "config.json").unlink()
+        path.rmdir()
+
+
 def _resumed(flags: dict[str, Any]) -> Config:
     """The saved configuration of the run, with the flags that may change it."""
     if "output_dir" not in flags:

@@ -246,13 +246,14 @@ def test_a_taken_output_folder_is_left_alone(run, tmp_path, capsys):
         ({"precision": "fp16"}, "--precision fp16 needs a CUDA GPU"),
     ],
 )
-def test_a_mistake_is_one_line_and_not_a_success(run, capsys, flags, message):
+def test_a_mistake_is_one_line_and_not_a_success(run, tmp_path, capsys, flags, message):
     if "precision" in flags and torch.cuda.is_available():
         pytest.skip("there is a CUDA GPU here")
     run(expect=2, **flags)
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
     assert errors[0].startswith(f"train.py: {message}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
