@@ -60,10 +60,11 @@ def test_accumulation_is_the_same_step_cut_in_pieces(run, records, smooth_teache
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
 def test_a_resumed_run_is_the_run_that_never_stopped(run, records, stop_at):
-    # The checkpoints fall on steps 2, 4 and 6, the log lines on 2, 4 and 6: 1, 3 and 5 lie between both.
+    # Checkpoints and log lines fall on steps 2, 4 and 6: 1, 3 and 5 lie between them.
     whole = run("whole", log_steps=2)
-    run("stopped", log_steps=2, stop_at=stop_at)
-    assert not (run("stopped", resume=True, stop_at=stop_at + 1) / STAGE / "last").exists() or stop_at == 5
+    stopped = run("stopped", log_steps=2, stop_at=stop_at)
+    assert max((stopped / STAGE / "checkpoints").iterdir()).name == f"step-{stop_at:08d}"
+    assert not (stopped / "report.md").exists()
     assert_same_run(run("stopped", resume=True), whole, records)
 
 
