@@ -90,7 +90,6 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
-        model_input_names=["input_ids", "attention_mask"],
     )
 
 
