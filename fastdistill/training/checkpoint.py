@@ -53,8 +53,7 @@ def save(
 def load(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> dict[str, Any]:
-    """Restore what `save` wrote, random generators included; returns `state` with `step`."""
-    verify(path)
+    """Restore what `save` wrote to a checkpoint that is whole; returns `state` with `step`."""
     load_model(module, str(path / "model.safetensors"))
     stored = load_file(path / "optimizer.safetensors")
     names = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
