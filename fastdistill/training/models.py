@@ -101,8 +101,8 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def demo_teacher(tokenizer: PreTrainedTokenizerBase, *, depth: int, width: int, seq_len: int) -> PreTrainedModel:
-    """An untrained Llama of `depth` layers and `width` channels. Rotary positions leave the plateau at which learned
-    ones of this size still stand after 600 steps.
+    """An untrained Llama of `depth` layers and `width` channels: tried beside a GPT-2 of this size, it learned markedly
+    more in the same few hundred steps.
     """
     if width % 32:
         raise UsageError(f"--teacher-width must be a multiple of 32, the width of a head, got {width}")
