@@ -21,6 +21,9 @@ from fastdistill.rows import TokenRows
 CHUNK_BYTES = 1 << 20
 """Bytes of one [tokens, D] buffer, so that the few in use stay in a CPU core's second-level cache."""
 
+GPU_CHUNK_BYTES = 128 << 20
+"""The same on a GPU, where a chunk must be large beside the cost of launching its operations. Never measured on one."""
+
 
 def token_errors(student: Tensor, teacher: Tensor, rows: TokenRows, metric: str, normalize: str) -> Tensor:
     """Weighted errors w_i error_i `[n]` of `student` and `teacher` `[B, S, D]` or `[N, D]` at `rows`."""
@@ -98,7 +101,8 @@ class _TokenErrors(torch.autograd.Function):
 def _walk(student, teacher, rows, form, *, gradient):
     """(chunk of rows, its errors, its gradient) for every chunk."""
     dtype = compute_dtype(student)
-    for chunk in rows.chunks(max(1, CHUNK_BYTES // (student.shape[-1] * dtype.itemsize))):
+    chunk_bytes = CHUNK_BYTES if student.device.type == "cpu" else GPU_CHUNK_BYTES
+    for chunk in rows.chunks(max(1, chunk_bytes // (student.shape[-1] * dtype.itemsize))):
         s, t = chunk.take(student.detach(), dtype), chunk.take(teacher.detach(), dtype)
         with full_precision(s):
             error, grad = form(s, t, gradient)

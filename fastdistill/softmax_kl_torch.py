@@ -25,6 +25,9 @@ from fastdistill.rows import TokenRows
 CHUNK_BYTES = 4 << 20
 """Bytes of one [tokens, V] buffer at the logits level, so that the few in use stay in a CPU's last-level cache."""
 
+GPU_CHUNK_BYTES = 128 << 20
+"""The same on a GPU, where a chunk must be large beside the cost of launching its operations. Never measured on one."""
+
 BUFFERS = 6
 """How many [tokens, V] buffers are alive at most in `chunk_terms`, its two arguments counted."""
 
@@ -229,7 +232,8 @@ class _SoftmaxKL(torch.autograd.Function):
 def _walk(student_logits, teacher_logits, rows, options, *, gradient):
     """(chunk of rows, its terms, its gradient) for every chunk."""
     dtype, vocab = compute_dtype(student_logits), student_logits.shape[-1]
-    for chunk in rows.chunks(max(1, CHUNK_BYTES // (vocab * dtype.itemsize))):
+    chunk_bytes = CHUNK_BYTES if student_logits.device.type == "cpu" else GPU_CHUNK_BYTES
+    for chunk in rows.chunks(max(1, chunk_bytes // (vocab * dtype.itemsize))):
         student = chunk.take(student_logits.detach(), dtype)
         teacher = None
         if teacher_logits is not None:
