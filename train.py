@@ -230,6 +230,7 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
     first_step = FirstStepGuard()
     with monitor, StopRequest() as stop:
         while step < steps:
+            monitor.start_step()
             rate = learning_rate(
                 step, peak=recipe.lr, total_steps=steps, warmup_steps=recipe.warmup_steps, shape=recipe.schedule
             )

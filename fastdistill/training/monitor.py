@@ -30,17 +30,22 @@ class Monitor:
     ):
         """`path` is the JSONL file, `weights` the components'; a resumed stage gives its step and `state()`."""
         self.path, self.weights, self.total_steps = path, weights, total_steps
-        state = state or {"sums": dict.fromkeys((*weights, "total"), 0.0), "steps": 0, "tokens": 0}
-        self.sums, self.steps, self.tokens = state["sums"], state["steps"], state["tokens"]
+        state = state or {"sums": dict.fromkeys((*weights, "total"), 0.0), "steps": 0, "tokens": 0, "seconds": 0.0}
+        self.sums, self.steps = state["sums"], state["steps"]
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.untrained_loss: float | None = state.get("untrained_loss")
         # What was written after the state was saved will be written again.
         if path.exists() and path.stat().st_size > state.get("log_bytes", 0):
             os.truncate(path, state.get("log_bytes", 0))
-        self.started = time.perf_counter()
+        self.step_started = time.perf_counter()
         self.warned = set(state.get("warned", []))
         # Into a file the bar writes a line each time: seldom is enough.
         often = 0.2 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=often)
+
+    def start_step(self) -> None:
+        """Speeds are of training steps alone: what passes between `add` and this is not counted."""
+        self.step_started = time.perf_counter()
 
     def add(self, raw: dict[str, float], total: float, tokens: int) -> None:
         """One optimizer step: each component unweighted, the weighted total, and how many tokens were predicted."""
@@ -48,6 +53,7 @@ class Monitor:
             self.sums[name] += value
         self.steps += 1
         self.tokens += tokens
+        self.seconds += time.perf_counter() - self.step_started
         self.bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         self.bar.update()
 
@@ -59,7 +65,7 @@ class Monitor:
         if abs(sum(weighted.values()) - total) > 1e-4 * max(1.0, abs(total)):
             raise AssertionError(f"components {weighted} sum to {sum(weighted.values())}, and the total is {total}")
         shares = {name: value / total if total else 0.0 for name, value in weighted.items()}
-        rate = self.tokens / (time.perf_counter() - self.started)
+        rate = self.tokens / self.seconds
         self.write(
             "train",
             step,
@@ -95,7 +101,7 @@ class Monitor:
                 self.warn(step, f"{name}_loss is {share:.0%} of the total, above {DOMINANT_SHARE:.0%}")
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.steps = self.tokens = 0
-        self.started = time.perf_counter()
+        self.seconds = 0.0
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Held-out loss; `ppl` is exp of the loss as printed."""
@@ -130,6 +136,7 @@ class Monitor:
             "sums": self.sums,
             "steps": self.steps,
             "tokens": self.tokens,
+            "seconds": self.seconds,
             "untrained_loss": self.untrained_loss,
             "warned": sorted(self.warned),
             "log_bytes": self.path.stat().st_size,
