@@ -47,6 +47,11 @@ def shared_vocab_size(student_vocab: int, teacher_vocab: int | None, vocab_size:
     return student_vocab if teacher_vocab is None else min(student_vocab, teacher_vocab)
 
 
+def outside_vocabulary(targets: Tensor, ignore_index: int, student_vocab: int) -> Tensor:
+    """Which targets are no id of the student and not `ignore_index` either; bool, shaped like them."""
+    return (targets != ignore_index) & ((targets < 0) | (targets >= student_vocab))
+
+
 def token_weights(
     shape: tuple[int, ...],
     targets: Tensor | None,
@@ -65,8 +70,8 @@ def token_weights(
     weights = torch.ones(shape, dtype=dtype, device=device) if mask is None else cut(mask, shape).to(dtype)
     if targets is not None:
         cut_targets = cut(targets, shape)
-        counts = (cut_targets != ignore_index) & (cut_targets >= 0) & (cut_targets < student_vocab)
-        weights = weights.masked_fill(~counts, 0)
+        left_out = (cut_targets == ignore_index) | outside_vocabulary(cut_targets, ignore_index, student_vocab)
+        weights = weights.masked_fill(left_out, 0)
     return weights
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdistill.align import outside_vocabulary
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 REDUCTIONS = ("mean", "sum", "none")
@@ -78,7 +80,7 @@ def check_targets(targets: Any, leading: tuple[int, ...], beside: Tensor, ignore
         raise ValueError(f"targets must have the student's leading shape {leading}, got {tuple(targets.shape)}")
     check_device("targets", targets, beside)
     if _may_read(targets):
-        invalid = (targets != ignore_index) & ((targets < 0) | (targets >= vocab))
+        invalid = outside_vocabulary(targets, ignore_index, vocab)
         if invalid.any():
             raise ValueError(
                 f"targets must be in [0, {vocab}) or ignore_index {ignore_index}, "

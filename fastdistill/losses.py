@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdistill import checks
-from fastdistill.align import common_positions, cut, mean, shared_vocab_size, token_weights
+from fastdistill.align import common_positions, cut, mean, outside_vocabulary, shared_vocab_size, token_weights
 from fastdistill.backend import choose_impl
 from fastdistill.layer_loss_torch import token_errors
 from fastdistill.outputs import LayerLossOutput, LossOutput
@@ -205,7 +205,7 @@ def prepare(
     invalid_targets = None
     if targets is not None:
         targets = cut(targets, shape)
-        invalid_targets = ((targets != ignore_index) & ((targets < 0) | (targets >= student_vocab))).sum()
+        invalid_targets = outside_vocabulary(targets, ignore_index, student_vocab).sum()
     return Prepared(options, leading, weights, targets, count_tokens(num_tokens, weights), reduction, invalid_targets)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.align import common_positions, cut, mean, shared_vocab_size, token_weights
+from fastdistill.align import common_positions, cut, mean, outside_vocabulary, shared_vocab_size, token_weights
 from fastdistill.outputs import LayerLossOutput, LossOutput
 
 LAYER_EPS = 1e-5
@@ -121,8 +121,7 @@ def softmax_kl(
         ce = -F.log_softmax(student, -1).gather(-1, cut_targets.masked_fill(~counts, 0)[..., None]).squeeze(-1)
         if ce_weight != 0:
             loss = loss + ce_weight * ce
-        invalid = (cut_targets != ignore_index) & ((cut_targets < 0) | (cut_targets >= student_vocab))
-        invalid_targets = invalid.sum()
+        invalid_targets = outside_vocabulary(cut_targets, ignore_index, student_vocab).sum()
 
     n = w.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=w.device)
 
