@@ -2,29 +2,104 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
+from typing import Any
+
+import torch
 
 IMPLEMENTATIONS = ("torch", "triton")
-WITH_KERNEL: frozenset[str] = frozenset()
+WITH_KERNEL = frozenset({"softmax_kl"})
 """Operations that have a Triton kernel."""
 
+MIN_TRITON = (3, 4)
+MIN_ARCHITECTURE = 60
+"""sm_60, the P100's. `torch.utils._triton.has_triton` would say no below sm_70, to what Triton itself compiles."""
 
-def choose_impl(operation: str, impl: str | None) -> str:
-    """ "torch" or "triton" for one call of `operation`.
 
-    The argument beats the environment variable FASTDISTILL_IMPL, which beats what is found to be possible. A choice
-    that was made explicitly never falls back: RuntimeError where it cannot be had.
+def choose_impl(operation: str, impl: str | None, device: torch.device) -> str:
+    """ "torch" or "triton" for one call of `operation` on tensors of `device`.
+
+    The argument beats the environment variable FASTDISTILL_IMPL, which beats what is found to be possible: a kernel
+    on an NVIDIA GPU that can run it, else PyTorch, with one warning where a GPU cannot. A choice that was made
+    explicitly never falls back: RuntimeError with the cause where it cannot be had.
     """
     source = "impl"
     if impl is None:
         impl, source = os.environ.get("FASTDISTILL_IMPL"), "FASTDISTILL_IMPL"
     if impl is None:
-        return "torch"
+        if device.type != "cuda" or operation not in WITH_KERNEL:
+            return "torch"
+        obstacle = obstacle_to_triton(device.type, device.index)
+        if obstacle is not None:
+            _warn_once(f"fastdistill runs its slower PyTorch path instead of its Triton kernels: {obstacle}")
+        return "torch" if obstacle is not None else "triton"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
-    if impl == "triton" and operation not in WITH_KERNEL:
-        raise RuntimeError(
-            f"{source}='triton' was asked for, but {operation} has no Triton kernel in this version of fastdistill: "
-            "leave it out, or use 'torch'"
-        )
+    if impl == "triton":
+        if operation not in WITH_KERNEL:
+            obstacle = f"{operation} has no Triton kernel in this version of fastdistill"
+        else:
+            obstacle = obstacle_to_triton(device.type, device.index)
+        if obstacle is not None:
+            raise RuntimeError(f"{source}='triton' was asked for, but {obstacle}: leave it out, or use 'torch'")
     return impl
+
+
+def obstacle_to_triton(device_type: str, index: int | None) -> str | None:
+    """Why the kernels cannot run on tensors of this device, in a clause, or None if they can.
+
+    They can on an NVIDIA GPU, and on whatever a Triton driver that was set, or Triton's interpreter, runs kernels on.
+    """
+    return _obstacle(device_type, index)
+
+
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo, and with it Triton, now.
+obstacle_to_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _obstacle(device_type: str, index: int | None) -> str | None:
+    try:
+        import triton
+        from triton import knobs
+        from triton.runtime import driver
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < MIN_TRITON:
+        return f"Triton {triton.__version__} is installed, and they need {'.'.join(map(str, MIN_TRITON))} or later"
+    if not knobs.runtime.interpret:
+        try:
+            active: Any = driver.active
+            served, target = active.get_active_torch_device(), active.get_current_target()
+        except RuntimeError as error:
+            return f"Triton finds no GPU ({error})"
+        if served.type != device_type:
+            return f"the tensors are on {device_type!r}, and Triton runs on {served.type!r}"
+        if target.backend != "cuda" or int(target.arch) < MIN_ARCHITECTURE:
+            return f"the GPU is a {target.backend} {target.arch}, not an NVIDIA GPU from sm_{MIN_ARCHITECTURE} on"
+    return _trial(torch.device(device_type) if index is None else torch.device(device_type, index))
+
+
+def _trial(device: torch.device) -> str | None:
+    """Compile and launch the smallest case: what the compiler or the driver says if they cannot."""
+    from fastdistill import ops
+
+    logits = torch.zeros(1, 1, device=device)
+    weights = torch.ones(1, device=device)
+    scalars = torch.ones(4, device=device)
+    try:
+        _, statistics = ops.softmax_kl(
+            logits, logits.clone(), None, weights, scalars, "forward_kl", 1, False, 1, True, False, False
+        )
+        ops.softmax_kl_backward(weights, logits, logits.clone(), None, weights, scalars, statistics, "forward_kl", 1, 1)
+    except Exception as error:  # whatever goes wrong in a compiler, its assembler or the driver is the cause to name
+        return f"a trial of them failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

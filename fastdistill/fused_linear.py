@@ -104,7 +104,7 @@ def linear_softmax_kl(
         reduction=reduction,
         metrics=metrics,
     )
-    choose_impl("linear_softmax_kl", impl)
+    choose_impl("linear_softmax_kl", impl, student_hidden.device)
     rows = prepared.rows(drop_uncounted=drop_masked)
     form = _LinearSum if reduction != "none" else _LinearTokens
     terms = form.apply(

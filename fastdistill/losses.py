@@ -102,10 +102,48 @@ def softmax_kl(
         reduction=reduction,
         metrics=metrics,
     )
-    choose_impl("softmax_kl", impl)
+    if choose_impl("softmax_kl", impl, student_logits.device) == "triton":
+        return _softmax_kl_triton(student_logits, teacher_logits, prepared, inplace_backward)
     rows = prepared.rows(drop_uncounted=student_logits.device.type == "cpu")
     terms = softmax_kl_torch(student_logits, teacher_logits, rows, prepared.options, inplace_backward=inplace_backward)
     return prepared.output(terms, rows)
+
+
+def _softmax_kl_triton(
+    student_logits: Tensor, teacher_logits: Tensor | None, prepared: Prepared, inplace_backward: bool
+) -> LossOutput:
+    from fastdistill import ops
+
+    options, weights = prepared.options, prepared.weights
+    temperature = 1.0 if teacher_logits is None else options.temperature
+    kl_scale = options.kl_weight * temperature**2 if options.temperature_squared else options.kl_weight
+    terms, _ = ops.softmax_kl(
+        _with_unit_stride(student_logits),
+        None if teacher_logits is None else _with_unit_stride(teacher_logits.detach()),
+        None if prepared.targets is None else prepared.targets.contiguous(),
+        weights.contiguous(),
+        torch.stack([_on_device(x, weights) for x in (temperature, kl_scale, options.ce_weight, options.jsd_beta)]),
+        options.divergence,
+        options.shared_vocab,
+        options.metrics,
+        int(temperature) if not isinstance(temperature, Tensor) and temperature in (1.0, 2.0, 4.0) else 0,
+        teacher_logits is not None and is_on(options.kl_weight),
+        prepared.targets is not None and is_on(options.ce_weight),
+        inplace_backward,
+    )
+    return prepared.output_of_all(terms, has_teacher=teacher_logits is not None)
+
+
+def _with_unit_stride(logits: Tensor) -> Tensor:
+    """The logits, copied if neighbouring ids are not neighbours in memory."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def _on_device(value: float | Tensor, beside: Tensor) -> Tensor:
+    """A number as a 0-d tensor like `beside`, without a copy that the device would be waited for."""
+    if isinstance(value, Tensor):
+        return value.detach().to(beside)
+    return beside.new_full((), value)
 
 
 @dataclass(frozen=True)
@@ -135,6 +173,26 @@ class Prepared:
         return LossOutput(
             reduce(loss),
             *(None if x is None else reduce(x) for x in values),
+            num_tokens=self.num_tokens,
+            invalid_targets=self.invalid_targets,
+        )
+
+    def output_of_all(self, terms: Tensor, *, has_teacher: bool) -> LossOutput:
+        """Reduce the weighted terms `[6, N]`, in the order of `LossOutput`, of every token that is compared."""
+        if self.reduction == "none":
+            terms = terms.view(-1, *self.weights.shape)
+            if self.weights.shape != self.leading:
+                terms = torch.nn.functional.pad(terms, (0, self.leading[1] - self.weights.shape[1]))
+        elif self.reduction == "sum":
+            terms = terms.sum(1)
+        else:
+            terms = mean(terms.sum(1), self.num_tokens)
+        has_metrics = has_teacher and self.options.metrics
+        reported = (has_teacher, self.targets is not None, has_metrics, has_metrics, has_metrics)
+        loss, *values = terms.unbind()
+        return LossOutput(
+            loss,
+            *(x.detach() if has_it else None for x, has_it in zip(values, reported, strict=True)),
             num_tokens=self.num_tokens,
             invalid_targets=self.invalid_targets,
         )
@@ -292,7 +350,7 @@ def layer_loss(
     if mask is not None:
         checks.check_mask(mask, leading, student_states[0])
         mask = mask.detach()
-    choose_impl("layer_loss", impl)
+    choose_impl("layer_loss", impl, student_states[0].device)
 
     per_layer = []
     for student, teacher in zip(student_states, teacher_states, strict=True):

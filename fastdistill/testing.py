@@ -17,12 +17,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastdistill import checks, losses, softmax_kl_torch
+from fastdistill.backend import WITH_KERNEL, obstacle_to_triton
 from fastdistill.rows import token_rows
 
-IMPLS = ["torch"]
-"""Implementations that every parity test runs."""
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def impls_of(operation: str) -> list[str]:
+    """Implementations of an operation that run here, which every parity test of it is run on."""
+    has_kernel = operation in WITH_KERNEL and obstacle_to_triton(DEVICE, None) is None
+    return ["torch", "triton"] if has_kernel else ["torch"]
+
 
 VOCAB_SIZES = (1, 127, 128, 129, 4097, 32000, 50257)
 """One id; around a block of 128; one past a block of 4096; Llama's even and GPT-2's odd vocabulary."""

@@ -13,13 +13,13 @@ from fastdistill import LayerLossOutput, layer_loss, layer_loss_torch, reference
 from fastdistill.testing import (
     DEVICE,
     DTYPES,
-    IMPLS,
     INCOMING_GRADIENTS,
     USES_OF_A_LOSS,
     WIDTHS,
     assert_matches,
     differentiate,
     differentiate_twice,
+    impls_of,
     in_float64,
     random_mask,
     random_normal,
@@ -29,6 +29,7 @@ from fastdistill.testing import (
 
 FORMS = [("mse", "none"), ("mse", "layer_norm"), ("mse", "teacher_rms"), ("cosine", "none")]
 
+IMPLS = impls_of("layer_loss")
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 each_form = pytest.mark.parametrize(("metric", "normalize"), FORMS)
 each_function = pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from fastdistill.checks import DIVERGENCES, REDUCTIONS
 from fastdistill.testing import (
     DEVICE,
     DTYPES,
-    IMPLS,
     INCOMING_GRADIENTS,
     TEMPERATURES,
     USES_OF_A_LOSS,
@@ -22,6 +21,7 @@ from fastdistill.testing import (
     assert_matches,
     differentiate,
     differentiate_twice,
+    impls_of,
     in_float64,
     random_logits,
     random_mask,
@@ -31,11 +31,12 @@ from fastdistill.testing import (
     relative_error,
 )
 
+IMPLS = impls_of("softmax_kl")
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_function = pytest.mark.parametrize(
-    "function", [reference.softmax_kl, *(partial(softmax_kl, impl=impl) for impl in IMPLS)]
+    "function", [reference.softmax_kl, *(partial(softmax_kl, impl=impl) for impl in IMPLS)], ids=["definition", *IMPLS]
 )
 
 STUDENT = ("student_logits",)

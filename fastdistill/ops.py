@@ -1,0 +1,157 @@
+"""The Triton kernels as operations of PyTorch, with fake tensors, autograd and torch.compile; losses.py calls them.
+
+Each operation is a `torch.library.custom_op`: an opaque call with a schema, which works the same when it is compiled,
+exported or run by Triton's interpreter. Numbers that a schedule changes come in one small tensor, so that a change of
+them compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistill.differentiation import first_derivative_only
+
+STATISTICS = 7
+"""Numbers that softmax_kl keeps for the gradient of a token."""
+
+
+@torch.library.custom_op("fastdistill::softmax_kl", mutates_args=())
+def softmax_kl(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    weights: Tensor,
+    scalars: Tensor,
+    divergence: str,
+    shared_vocab: int,
+    metrics: bool,
+    power: int,
+    kl_in_loss: bool,
+    ce_in_loss: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weighted terms `[6, N]` of N tokens, in the order of `LossOutput`, and the statistics `[7, N]` for backward.
+
+    Only the first term, the loss, is differentiable, and in `student` alone. Arguments are those of
+    `kernels.softmax_kl.softmax_kl_stats`; `kl_in_loss` and `ce_in_loss` say which terms may have a weight other
+    than 0, and with `inplace_backward` the gradient is written over `student`.
+    """
+    from fastdistill.kernels.softmax_kl import softmax_kl_stats
+
+    return softmax_kl_stats(
+        student,
+        teacher,
+        targets,
+        weights,
+        scalars,
+        divergence=divergence,
+        shared_vocab=shared_vocab,
+        metrics=metrics,
+        power=power,
+    )
+
+
+@softmax_kl.register_fake
+def _(student, teacher, targets, weights, *_):
+    return weights.new_empty(6, weights.numel()), weights.new_empty(STATISTICS, weights.numel())
+
+
+@torch.library.custom_op("fastdistill::softmax_kl_backward", mutates_args=())
+def softmax_kl_backward(
+    dloss: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    weights: Tensor,
+    scalars: Tensor,
+    statistics: Tensor,
+    divergence: str,
+    shared_vocab: int,
+    power: int,
+) -> Tensor:
+    """The gradient in `student` of each token's loss times `dloss` `[N]`; a term without its tensor is left out."""
+    grad = torch.empty_like(student)
+    inputs = dloss, student, teacher, targets, weights, scalars, statistics
+    _write_gradient(*inputs, grad, divergence, shared_vocab, power)
+    return grad
+
+
+@softmax_kl_backward.register_fake
+def _(dloss, student, *_):
+    return torch.empty_like(student)
+
+
+@torch.library.custom_op("fastdistill::softmax_kl_backward_", mutates_args=("student",))
+def softmax_kl_backward_(
+    dloss: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    weights: Tensor,
+    scalars: Tensor,
+    statistics: Tensor,
+    divergence: str,
+    shared_vocab: int,
+    power: int,
+) -> None:
+    """`softmax_kl_backward`, the gradient in the place of `student`."""
+    inputs = dloss, student, teacher, targets, weights, scalars, statistics
+    _write_gradient(*inputs, student, divergence, shared_vocab, power)
+
+
+def _write_gradient(
+    dloss: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    weights: Tensor,
+    scalars: Tensor,
+    statistics: Tensor,
+    grad: Tensor,
+    divergence: str,
+    shared_vocab: int,
+    power: int,
+) -> None:
+    from fastdistill.kernels.softmax_kl import softmax_kl_grad
+
+    softmax_kl_grad(
+        dloss,
+        student,
+        teacher,
+        targets,
+        weights,
+        scalars,
+        statistics,
+        grad,
+        divergence=divergence,
+        shared_vocab=shared_vocab,
+        power=power,
+    )
+    positions = weights.shape[-1]
+    if positions < grad.shape[-2]:  # those that alignment cut off
+        grad[:, positions:].zero_()
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, targets, weights, scalars, divergence, shared_vocab, _, power, kl, ce, inplace = inputs
+    ctx.save_for_backward(student, teacher if kl else None, targets if ce else None, weights, scalars, output[1])
+    ctx.form = divergence, shared_vocab, power
+    ctx.inplace_backward = inplace
+
+
+@first_derivative_only
+def _backward(ctx: Any, dterms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    student, *rest = ctx.saved_tensors
+    dloss = dterms[0].contiguous()
+    if ctx.inplace_backward:
+        softmax_kl_backward_(dloss, student, *rest, *ctx.form)
+        grad = student.detach()
+    else:
+        grad = softmax_kl_backward(dloss, student, *rest, *ctx.form)
+    return grad, *(None,) * 11
+
+
+softmax_kl.register_autograd(_backward, setup_context=_keep_for_backward)

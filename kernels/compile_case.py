@@ -1,0 +1,21 @@
+"""What a kernel file exports, so that `fastdistill compile-check` can compile its kernels without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One form of a file's kernels; each file exports a list of them, `COMPILE_CASES`."""
+
+    name: str
+    launch: Callable[[torch.dtype], None]
+    """Calls the launchers with tensors of the dtype on the device "meta", sized as in real use."""
+    streams: int = 2
+    """How many tensors of the dtype the kernels' main loops read; an element of each is a pair."""
+    budget: Mapping[str, float] = field(default_factory=dict)
+    """The most instructions that a kernel's main loop may take a pair, by the kernel's name."""

@@ -1,0 +1,85 @@
+"""How row-wise kernels are launched: warps and parts of a row, by row length, number of rows and architecture.
+
+All tuning numbers stand here, each with its reason. They come from register counts of compiled code and from
+arithmetic; none has been timed on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from triton import knobs
+from triton.runtime import driver
+
+WARP = 32
+VECTOR_BYTES = 16
+"""What one load instruction moves at most."""
+
+WARPS = 8
+"""A program has 256 lanes, of 32 to 64 registers in the usual forms: four to six programs share an SM's 65536
+registers, so that one's merging of its lanes hides behind another's loads. On sm_75, whose SM takes 1024 threads, four
+programs are all. On every architecture 256 lanes have 4 KB in flight a load, and the loops have four loads in flight:
+64 KB an SM, where Little's law asks for about 13 on sm_60 (732 GB/s, 600 ns, 56 SMs) and 25 on sm_90."""
+
+
+class Architecture(NamedTuple):
+    sms: int
+    """Streaming multiprocessors of its largest GPU: with fewer programs than these, rows are split."""
+    one_launch_warps: int
+    """Warps of a program that reads its row twice. 32 fill an SM alone, so that one row an SM is in flight and its
+    second read may come from the L2 cache: 132 rows of 50257 pairs of 2-byte logits are 27 MB. Only where that cache
+    is large (40 MB on sm_80, 50 on sm_90, 72 on sm_89, more on sm_100); the 4 to 6 MB of sm_60, 70, 75 and 86 hold
+    next to nothing of the rows in flight, and there the usual 8 keep more loads in flight."""
+
+
+ARCHITECTURES = {
+    60: Architecture(56, WARPS),  # P100
+    70: Architecture(80, WARPS),  # V100
+    75: Architecture(72, WARPS),  # RTX 8000; a T4 has 40
+    80: Architecture(108, 32),  # A100
+    86: Architecture(84, WARPS),  # A40, RTX 3090
+    89: Architecture(144, 32),  # L40, RTX 4090
+    90: Architecture(132, 32),  # H100, H200
+    100: Architecture(160, 32),  # B200, B300
+    120: Architecture(188, 32),  # RTX PRO 6000
+}
+
+MAX_SPLITS = 16
+"""Parts of a row: their sums are merged by one warp, 16 values at a time."""
+
+MIN_TILES = 4
+"""Tiles of 4 KB in a part: less would leave more time to its merging than to its reading."""
+
+
+class LaunchPlan(NamedTuple):
+    warps: int
+    splits: int
+
+    @property
+    def lanes(self) -> int:
+        return WARP * self.warps
+
+
+def row_plan(rows: int, row_bytes: int, *, reads_twice: bool = False) -> LaunchPlan:
+    """The launch for `rows` rows of `row_bytes` bytes; `reads_twice` where a program goes over its whole row twice."""
+    if knobs.runtime.interpret:  # by NumPy, to which a tile costs the same at any size; two parts, to run that way too
+        return LaunchPlan(32, 2 if rows < 4 and not reads_twice else 1)
+    architecture = _current_architecture()
+    if reads_twice:
+        return LaunchPlan(architecture.one_launch_warps, 1)
+    splits, part_bytes = 1, MIN_TILES * WARPS * WARP * VECTOR_BYTES
+    while splits < MAX_SPLITS and rows * splits < architecture.sms and row_bytes >= 2 * splits * part_bytes:
+        splits *= 2
+    return LaunchPlan(WARPS, splits)
+
+
+def vector_length(*itemsizes: int) -> int:
+    """Elements a lane reads at a time of tensors with these item sizes: 16 bytes of the widest."""
+    return VECTOR_BYTES // max(itemsizes)
+
+
+def _current_architecture() -> Architecture:
+    """That of the current GPU, or the nearest older one."""
+    active: Any = driver.active
+    arch = int(active.get_current_target().arch)
+    return ARCHITECTURES[max(known for known in ARCHITECTURES if known <= arch)]
