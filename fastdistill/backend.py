@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 IMPLEMENTATIONS = ("torch", "triton")
-WITH_KERNEL = frozenset({"softmax_kl"})
+WITH_KERNEL = frozenset({"softmax_kl", "linear_softmax_kl"})
 """Operations that have a Triton kernel."""
 
 MIN_TRITON = (3, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +11,11 @@ from torch import Tensor
 from fastdistill import checks
 from fastdistill.backend import choose_impl
 from fastdistill.differentiation import first_derivative_only, full_precision
-from fastdistill.losses import prepare
+from fastdistill.losses import kernel_scalars, prepare
 from fastdistill.outputs import LossOutput
 from fastdistill.reference import compute_dtype
 from fastdistill.rows import TokenRows
-from fastdistill.softmax_kl_torch import BUFFERS, SoftmaxKLOptions, TokenTerms, chunk_terms
+from fastdistill.softmax_kl_torch import BUFFERS, SoftmaxKLOptions, TokenTerms, chunk_terms, is_on
 
 MAX_CHUNK_BYTES = 256 << 20
 
@@ -50,8 +51,8 @@ def linear_softmax_kl(
     made in the forward pass, chunk by chunk, and scaled in backward, which therefore runs once; with "none" backward
     computes the logits anew.
 
-    The PyTorch path multiplies in float32 (float64 for float64), under autocast too: half-precision weights are cast
-    once a call.
+    Matrix products are in float32 (float64 for float64), under autocast too: half-precision weights are cast once a
+    call. What lies between them is the kernel of `softmax_kl`, in one launch a chunk, where it runs, else PyTorch.
 
     Args:
         student_hidden: `[B, S, D]` or `[N, D]`: what the student's output head takes.
@@ -104,7 +105,7 @@ def linear_softmax_kl(
         reduction=reduction,
         metrics=metrics,
     )
-    choose_impl("linear_softmax_kl", impl, student_hidden.device)
+    impl = choose_impl("linear_softmax_kl", impl, student_hidden.device)
     rows = prepared.rows(drop_uncounted=drop_masked)
     form = _LinearSum if reduction != "none" else _LinearTokens
     terms = form.apply(
@@ -114,9 +115,7 @@ def linear_softmax_kl(
         teacher_hidden,
         teacher_weight,
         teacher_bias,
-        rows,
-        prepared.options,
-        max_chunk_bytes or MAX_CHUNK_BYTES,
+        _Plan(rows, prepared.options, max_chunk_bytes or MAX_CHUNK_BYTES, impl),
         torch.is_grad_enabled(),
     )
     return prepared.output(TokenTerms(*terms), rows)
@@ -139,6 +138,13 @@ def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None)
             raise ValueError(f"{model}_bias must be [V] with V = {weight.shape[0]}, got {tuple(bias.shape)}")
         checks.check_device(f"{model}_bias", bias, hidden)
     return weight.shape[0]
+
+
+class _Plan(NamedTuple):
+    rows: TokenRows
+    options: SoftmaxKLOptions
+    max_chunk_bytes: int
+    impl: str
 
 
 class _Head:
@@ -180,28 +186,58 @@ class _Gradients:
 
 
 def _walk(
-    student: _Head,
-    teacher: _Head | None,
-    rows: TokenRows,
-    options: SoftmaxKLOptions,
-    max_chunk_bytes: int,
-    *,
-    gradient: bool,
+    student: _Head, teacher: _Head | None, plan: _Plan, *, gradient: bool
 ) -> Iterator[tuple[TokenRows, Tensor, TokenTerms, Tensor | None]]:
     """(chunk of rows, its student hidden states, its terms, its unweighted dlogits) for every chunk."""
     vocab = len(student.weight)
-    size = max(1, min(len(rows), max_chunk_bytes // (BUFFERS * vocab * student.dtype.itemsize)))
+    # The kernel needs the two logits alone: it writes the gradient over the student's.
+    buffers = BUFFERS if plan.impl == "torch" else 2
+    size = max(1, min(len(plan.rows), plan.max_chunk_bytes // (buffers * vocab * student.dtype.itemsize)))
     student_buffer = student.weight.new_empty(size, vocab)
     teacher_buffer = None if teacher is None else teacher.weight.new_empty(size, len(teacher.weight))
-    for chunk in rows.chunks(size):
+    for chunk in plan.rows.chunks(size):
         # A row that does not count may hold NaN, and 0 * NaN would reach the weight's gradient.
         hidden = chunk.zero_uncounted_(student.rows(chunk))
         logits = student.logits(hidden, student_buffer)
         teacher_logits = None
         if teacher is not None and teacher_buffer is not None:
             teacher_logits = teacher.logits(teacher.rows(chunk), teacher_buffer)
-        terms, dlogits = chunk_terms(logits, teacher_logits, chunk.targets, options, gradient=gradient)
+        if plan.impl == "torch":
+            terms, dlogits = chunk_terms(logits, teacher_logits, chunk.targets, plan.options, gradient=gradient)
+        else:
+            terms, dlogits = _chunk_terms_triton(logits, teacher_logits, chunk, plan.options, gradient)
         yield chunk, hidden, terms, dlogits
+
+
+def _chunk_terms_triton(
+    student: Tensor, teacher: Tensor | None, chunk: TokenRows, options: SoftmaxKLOptions, gradient: bool
+) -> tuple[TokenTerms, Tensor | None]:
+    """`chunk_terms` by the kernel, in one launch; the gradient is written over `student`."""
+    from fastdistill.kernels.softmax_kl import softmax_kl_one_launch, softmax_kl_stats
+
+    counted = (chunk.weights != 0).to(student.dtype)
+    scalars, power = kernel_scalars(options, counted, has_teacher=teacher is not None)
+    form = {"divergence": options.divergence, "shared_vocab": options.shared_vocab, "power": power}
+    if gradient:
+        values, _ = softmax_kl_one_launch(
+            torch.ones_like(counted),
+            student,
+            teacher,
+            chunk.targets,
+            counted,
+            scalars,
+            student,
+            **form,
+            metrics=options.metrics,
+            kl_in_loss=is_on(options.kl_weight),
+            ce_in_loss=is_on(options.ce_weight),
+        )
+    else:
+        values, _ = softmax_kl_stats(student, teacher, chunk.targets, counted, scalars, **form, metrics=options.metrics)
+    has_metrics = teacher is not None and options.metrics
+    has = (True, teacher is not None, chunk.targets is not None, has_metrics, has_metrics, has_metrics)
+    terms = (value if has_it else None for value, has_it in zip(values, has, strict=True))
+    return TokenTerms(*terms), student if gradient else None  # type: ignore[arg-type]
 
 
 def _heads(inputs: tuple, options: SoftmaxKLOptions) -> tuple[_Head, _Head | None]:
@@ -218,15 +254,13 @@ class _LinearSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, rows, options, max_chunk_bytes, grad_mode = arguments
+        *inputs, plan, grad_mode = arguments
         needs = tuple(grad_mode and needed for needed in ctx.needs_input_grad[:3])
         with full_precision(inputs[0]):
-            student, teacher = _heads(tuple(inputs), options)
+            student, teacher = _heads(tuple(inputs), plan.options)
             gradients = _Gradients(inputs[0], student, needs)
             parts = []
-            for chunk, hidden, terms, dlogits in _walk(
-                student, teacher, rows, options, max_chunk_bytes, gradient=any(needs)
-            ):
+            for chunk, hidden, terms, dlogits in _walk(student, teacher, plan, gradient=any(needs)):
                 parts.append(terms.weighted(chunk))
                 if dlogits is not None:
                     dlogits.mul_(chunk.weights[:, None])
@@ -250,7 +284,7 @@ class _LinearSum(torch.autograd.Function):
             None if x is None else x.mul_(dloss).to(dtype)
             for x, dtype in zip((gradients.hidden, gradients.weight, gradients.bias), ctx.dtypes, strict=True)
         ]
-        return *scaled, *(None,) * 7
+        return *scaled, *(None,) * 5
 
 
 class _LinearTokens(torch.autograd.Function):
@@ -258,12 +292,12 @@ class _LinearTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        *inputs, rows, options, max_chunk_bytes, _ = arguments
+        *inputs, plan, _ = arguments
         ctx.save_for_backward(*inputs)
-        ctx.rows, ctx.options, ctx.max_chunk_bytes = rows, options, max_chunk_bytes
+        ctx.plan = plan
         with full_precision(inputs[0]):
-            student, teacher = _heads(tuple(inputs), options)
-            walk = _walk(student, teacher, rows, options, max_chunk_bytes, gradient=False)
+            student, teacher = _heads(tuple(inputs), plan.options)
+            walk = _walk(student, teacher, plan, gradient=False)
             terms = TokenTerms.join([terms.weighted(chunk) for chunk, _, terms, _ in walk])
         ctx.mark_non_differentiable(*(term for term in terms[1:] if term is not None))
         return tuple(terms)
@@ -271,16 +305,16 @@ class _LinearTokens(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, dloss, *_):
-        inputs, rows, options = ctx.saved_tensors, ctx.rows, ctx.options
+        inputs = ctx.saved_tensors
         with full_precision(inputs[0]):
-            student, teacher = _heads(inputs, options)
+            student, teacher = _heads(inputs, ctx.plan.options)
             gradients = _Gradients(inputs[0], student, ctx.needs_input_grad[:3])
             start = 0
-            for chunk, hidden, _, dlogits in _walk(student, teacher, rows, options, ctx.max_chunk_bytes, gradient=True):
+            for chunk, hidden, _, dlogits in _walk(student, teacher, ctx.plan, gradient=True):
                 assert dlogits is not None
                 dlogits.mul_((dloss[start : start + len(chunk)] * chunk.weights)[:, None])
                 gradients.add(chunk, hidden, chunk.zero_uncounted_(dlogits))
                 start += len(chunk)
         made = (gradients.hidden, gradients.weight, gradients.bias)
         made = [None if x is None else x.to(source.dtype) for x, source in zip(made, inputs[:3], strict=True)]
-        return *made, *(None,) * 7
+        return *made, *(None,) * 5

@@ -114,19 +114,18 @@ def _softmax_kl_triton(
 ) -> LossOutput:
     from fastdistill import ops
 
-    options, weights = prepared.options, prepared.weights
-    temperature = 1.0 if teacher_logits is None else options.temperature
-    kl_scale = options.kl_weight * temperature**2 if options.temperature_squared else options.kl_weight
+    options, weights = prepared.options, prepared.weights.contiguous()
+    scalars, power = kernel_scalars(options, weights, has_teacher=teacher_logits is not None)
     terms, _ = ops.softmax_kl(
         _with_unit_stride(student_logits),
         None if teacher_logits is None else _with_unit_stride(teacher_logits.detach()),
         None if prepared.targets is None else prepared.targets.contiguous(),
-        weights.contiguous(),
-        torch.stack([_on_device(x, weights) for x in (temperature, kl_scale, options.ce_weight, options.jsd_beta)]),
+        weights,
+        scalars,
         options.divergence,
         options.shared_vocab,
         options.metrics,
-        int(temperature) if not isinstance(temperature, Tensor) and temperature in (1.0, 2.0, 4.0) else 0,
+        power,
         teacher_logits is not None and is_on(options.kl_weight),
         prepared.targets is not None and is_on(options.ce_weight),
         inplace_backward,
@@ -137,6 +136,18 @@ def _softmax_kl_triton(
 def _with_unit_stride(logits: Tensor) -> Tensor:
     """The logits, copied if neighbouring ids are not neighbours in memory."""
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def kernel_scalars(options: SoftmaxKLOptions, beside: Tensor, *, has_teacher: bool) -> tuple[Tensor, int]:
+    """The numbers that softmax_kl's kernels read from the device, and the temperature where it is 1, 2 or 4, else 0.
+
+    The numbers are the temperature, the divergence's weight with its T^2, the cross-entropy's, and beta, like `beside`.
+    """
+    temperature = options.temperature if has_teacher else 1.0
+    kl_scale = options.kl_weight * temperature**2 if options.temperature_squared else options.kl_weight
+    numbers = (temperature, kl_scale, options.ce_weight, options.jsd_beta)
+    is_power = not isinstance(temperature, Tensor) and temperature in (1.0, 2.0, 4.0)
+    return torch.stack([_on_device(number, beside) for number in numbers]), int(temperature) if is_power else 0
 
 
 def _on_device(value: float | Tensor, beside: Tensor) -> Tensor:

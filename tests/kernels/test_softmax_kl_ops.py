@@ -1,4 +1,4 @@
-"""softmax_kl's kernels as operations of PyTorch: registration, torch.compile, CUDA graphs, no waiting for the device."""
+"""softmax_kl's kernels as operations of PyTorch: registered, compiled, captured, never waited for."""
 
 from __future__ import annotations
 
