@@ -82,7 +82,7 @@ def one_launch_step(student: Tensor, teacher: Tensor, targets: Tensor) -> tuple[
 
 def liger_loss(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     """The same loss as its users compose it: its KL takes log-probabilities, which PyTorch makes."""
-    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
+    from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss  # pyright: ignore[reportMissingImports]
 
     kl = LigerKLDIVLoss(reduction="batchmean", log_target=True)
     return kl(F.log_softmax(student, -1), F.log_softmax(teacher, -1)) + LigerCrossEntropyLoss()(student, targets)

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 import fastdistill
+from fastdistill import compile_check
 
 
 def main() -> int:
@@ -13,7 +14,16 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=fastdistill.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("verify", help="check that this installation behaves as it says; exit code 0 if it does")
-    parser.parse_args()  # `verify` is the only command yet
+    compile_check.add_arguments(
+        commands.add_parser(
+            "compile-check", help="compile every kernel for GPUs that are not here; exit code 0 if all pass"
+        )
+    )
+    options = parser.parse_args()
+    return compile_check.main(options) if options.command == "compile-check" else _verify()
+
+
+def _verify() -> int:
     try:
         from fastdistill.training import verify
     except ImportError as error:

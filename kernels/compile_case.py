@@ -17,5 +17,5 @@ class CompileCase:
     """Calls the launchers with tensors of the dtype on the device "meta", sized as in real use."""
     streams: int = 2
     """How many tensors of the dtype the kernels' main loops read; an element of each is a pair."""
-    budget: Mapping[str, float] = field(default_factory=dict)
-    """The most instructions that a kernel's main loop may take a pair, by the kernel's name."""
+    budget: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
+    """The most instructions a pair that a kernel's main loops may take together, by its name; a number, or by dtype."""

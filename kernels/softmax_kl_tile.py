@@ -15,7 +15,8 @@ so that with ln 2 = 1 / log2(e)
     forward_kl = ln 2 a / Z_t + log(Z_s / Z_t),    entropy = log U - T ln 2 h / U.
 """
 
-# fmt: off  (arguments stand in rows)
+# Arguments stand in rows: one a line, they would be most of the file.
+# fmt: off
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # pyright: reportUnboundVariable=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 import triton
@@ -43,17 +44,8 @@ def at_temperature_1(e, y, temperature, POWER: tl.constexpr):
 
 @triton.jit
 def add_pairs(
-    sums,
-    s,
-    t,
-    begin,
-    k,
-    temperature,
-    DIVERGENCE: tl.constexpr,
-    NEEDS_1: tl.constexpr,
-    METRICS: tl.constexpr,
-    POWER: tl.constexpr,
-    MASKED: tl.constexpr,
+    sums, s, t, begin, k, temperature, DIVERGENCE: tl.constexpr, NEEDS_1: tl.constexpr, METRICS: tl.constexpr,
+    POWER: tl.constexpr, MASKED: tl.constexpr,
 ):
     """Each lane's `sums` with a tile of logits [NT, VEC] that begins at column `begin`; masked elements are -inf.
 
@@ -98,16 +90,7 @@ def add_pairs(
 
 @triton.jit
 def add_careful(
-    sums,
-    s,
-    t,
-    m_s,
-    m_t,
-    k,
-    temperature,
-    DIVERGENCE: tl.constexpr,
-    METRICS: tl.constexpr,
-    POWER: tl.constexpr,
+    sums, s, t, m_s, m_t, k, temperature, DIVERGENCE: tl.constexpr, METRICS: tl.constexpr, POWER: tl.constexpr,
 ):
     """Each lane's a, b, h_s and h_t with a tile of a row whose maxima are known and which may hold -inf."""
     a, b, h_s, h_t = sums
@@ -130,21 +113,8 @@ def add_careful(
 
 @triton.jit
 def merge_pairs(
-    m_s,
-    Z_s,
-    m_t,
-    Z_t,
-    a,
-    b,
-    U_s,
-    U_t,
-    h_s,
-    h_t,
-    temperature,
-    DIVERGENCE: tl.constexpr,
-    NEEDS_1: tl.constexpr,
-    METRICS: tl.constexpr,
-    POWER: tl.constexpr,
+    m_s, Z_s, m_t, Z_t, a, b, U_s, U_t, h_s, h_t, temperature, DIVERGENCE: tl.constexpr, NEEDS_1: tl.constexpr,
+    METRICS: tl.constexpr, POWER: tl.constexpr,
 ):
     """The sums of lanes, or of the parts of a row, [n], as those of all; 0 for those that are not kept."""
     top_s, top_t = tl.max(m_s, 0), tl.max(m_t, 0)
@@ -199,20 +169,7 @@ def jsd_terms(s, t, m_s, m_t, k, log_z, beta):
 
 @triton.jit
 def gradient(
-    s,
-    t,
-    m_s,
-    m_t,
-    k,
-    temperature,
-    log_z,
-    mean,
-    beta,
-    A_s,
-    A_t,
-    A_1,
-    DIVERGENCE: tl.constexpr,
-    CE: tl.constexpr,
+    s, t, m_s, m_t, k, temperature, log_z, mean, beta, A_s, A_t, A_1, DIVERGENCE: tl.constexpr, CE: tl.constexpr,
     POWER: tl.constexpr,
 ):
     """The gradient at logits s and t, but for the target's -1 in the cross-entropy's.

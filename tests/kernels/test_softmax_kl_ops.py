@@ -73,12 +73,12 @@ def test_a_schedule_of_tensors_compiles_nothing_anew():
         return softmax_kl(student, teacher, temperature=temperature, kl_weight=kl_weight, impl="triton").loss
 
     torch.compiler.reset()
-    logits = random_logits(ROWS, VOCAB).values()
+    student, teacher = random_logits(ROWS, VOCAB).values()
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     temperatures, kl_weights = torch.tensor([[3.0, 2.0, 0.5], [1.0, 0.5, 0.2]], device=DEVICE)
-    compiled(*logits, temperatures[0], kl_weights[0])
+    compiled(student, teacher, temperatures[0], kl_weights[0])
     with torch.compiler.set_stance("fail_on_recompile"):
-        values = {compiled(*logits, *now).item() for now in zip(temperatures, kl_weights, strict=True)}
+        values = {compiled(student, teacher, t, k).item() for t, k in zip(temperatures, kl_weights, strict=True)}
     assert len(values) == 3
 
 

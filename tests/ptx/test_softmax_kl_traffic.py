@@ -14,7 +14,7 @@ from fastdistill.kernels import softmax_kl as kernels
 from fastdistill.kernels.launch import WARPS, LaunchPlan
 from fastdistill.testing import differentiate, random_logits, random_targets
 from tests.ptx.driver import recorded
-from tests.ptx.machine import Statistics
+from tests.ptx.machine import Access, Statistics
 
 ROWS, VOCAB = 8, 50257
 LOGITS = ROWS * VOCAB * 2
@@ -32,11 +32,11 @@ def logits_moved(statistics: Statistics, instruction: str) -> int:
     """Bytes moved by elements and by vectors of them. What a row's 256 lanes read together, the target's, counts 256
     times.
     """
-    return sum(statistics.bytes[instruction, "global", width] for width in (2, 16))
+    return sum(statistics.bytes[Access(instruction, "global", width)] for width in (2, 16))
 
 
 def in_vectors(statistics: Statistics, instruction: str) -> float:
-    return statistics.bytes[instruction, "global", 16] / logits_moved(statistics, instruction)
+    return statistics.bytes[Access(instruction, "global", 16)] / logits_moved(statistics, instruction)
 
 
 @pytest.fixture(autouse=True)
