@@ -6,10 +6,17 @@ arithmetic; none has been timed on a GPU yet.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 WARP = 32
 VECTOR_BYTES = 16
@@ -76,6 +83,18 @@ def row_plan(rows: int, row_bytes: int, *, reads_twice: bool = False) -> LaunchP
 def vector_length(*itemsizes: int) -> int:
     """Elements a lane reads at a time of tensors with these item sizes: 16 bytes of the widest."""
     return VECTOR_BYTES // max(itemsizes)
+
+
+def on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
+    """Have the GPU of a launcher's first tensor current within it: that is where Triton launches."""
+
+    @wraps(launcher)
+    def launch(*arguments: P.args, **keywords: P.kwargs) -> T:
+        tensor = next(each for each in arguments if isinstance(each, Tensor))
+        with torch.cuda.device_of(tensor):
+            return launcher(*arguments, **keywords)
+
+    return launch
 
 
 def _current_architecture() -> Architecture:

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .compile_case import CompileCase
-from .launch import VECTOR_BYTES, row_plan, vector_length
+from .launch import VECTOR_BYTES, on_its_device, row_plan, vector_length
 from .online_softmax import LOG2E
 from .softmax_kl_row import (
     PARTIALS,
@@ -292,6 +292,7 @@ class _Call(NamedTuple):
         )
 
 
+@on_its_device
 def softmax_kl_stats(
     student: Tensor, teacher: Tensor | None, targets: Tensor | None, weights: Tensor, scalars: Tensor, *,
     divergence: str, shared_vocab: int, metrics: bool, power: int,
@@ -336,6 +337,7 @@ def softmax_kl_stats(
     return values, saved
 
 
+@on_its_device
 def softmax_kl_grad(
     dloss: Tensor, student: Tensor, teacher: Tensor | None, targets: Tensor | None, weights: Tensor, scalars: Tensor,
     saved: Tensor, grad: Tensor, *, divergence: str, shared_vocab: int, power: int,
@@ -358,6 +360,7 @@ def softmax_kl_grad(
     )
 
 
+@on_its_device
 def softmax_kl_one_launch(
     dloss: Tensor, student: Tensor, teacher: Tensor | None, targets: Tensor | None, weights: Tensor, scalars: Tensor,
     grad: Tensor, *, divergence: str, shared_vocab: int, metrics: bool, power: int, kl_in_loss: bool, ce_in_loss: bool,
@@ -407,7 +410,7 @@ def _launch_on_meta(
 def _case(
     name: str, divergence: str | None, *, targets: bool = False, metrics: bool = False, power: int = 1,
     rows: int = 8192, vocab: int = 50257, shared_vocab: int = 50257, one_launch: bool = False,
-    budget: dict[str, float] | None = None,
+    budget: dict[str, float | dict[str, float]] | None = None,
 ) -> CompileCase:
     launch = partial(
         _launch_on_meta, divergence=divergence, targets=targets, metrics=metrics, power=power, rows=rows, vocab=vocab,
@@ -416,24 +419,29 @@ def _case(
     return CompileCase(name, launch, streams=1 if divergence is None else 2, budget=budget or {})
 
 
-def _budget(stats: float, grad: float) -> dict[str, float]:
-    return {"_softmax_kl_stats_kernel": stats, "_softmax_kl_grad_kernel": grad}
+def _budget(stats: float, grad: float) -> dict[str, float | dict[str, float]]:
+    """Counts of PTX, for architectures whose machine code cannot be read; machine code has less, by up to a quarter.
+
+    bfloat16 before sm_80, where the cast is emulated, costs the gradient 7 more.
+    """
+    by_dtype = {"float32": grad, "float16": grad, "bfloat16": grad + 7}
+    return {"_softmax_kl_stats_kernel": stats, "_softmax_kl_grad_kernel": by_dtype}
 
 
-# Instructions a pair on any architecture in any dtype; bfloat16 before sm_80, where the cast is emulated, costs most.
 COMPILE_CASES = [
-    _case("forward_kl", "forward_kl", budget=_budget(18, 16)),
-    _case("forward_kl + ce", "forward_kl", targets=True, budget=_budget(18, 16)),
-    _case("forward_kl + ce, T = 2", "forward_kl", targets=True, power=2, budget=_budget(20, 19)),
-    _case("forward_kl + ce, any T", "forward_kl", targets=True, power=0, budget=_budget(23, 21)),
-    _case("forward_kl + ce + metrics", "forward_kl", targets=True, metrics=True, budget=_budget(25, 16)),
+    _case("forward_kl", "forward_kl", budget=_budget(19, 14.5)),
+    _case("forward_kl + ce", "forward_kl", targets=True, budget=_budget(19, 14.5)),
+    _case("forward_kl + ce, T = 2", "forward_kl", targets=True, power=2, budget=_budget(20, 16.5)),
+    _case("forward_kl + ce, any T", "forward_kl", targets=True, power=0, budget=_budget(23, 17.5)),
+    _case("forward_kl + ce + metrics", "forward_kl", targets=True, metrics=True, budget=_budget(25, 14.5)),
     _case(
-        "forward_kl + ce + metrics, any T", "forward_kl", targets=True, metrics=True, power=0, budget=_budget(33, 21)
+        "forward_kl + ce + metrics, any T", "forward_kl", targets=True, metrics=True, power=0, budget=_budget(33, 17.5)
     ),
-    _case("reverse_kl", "reverse_kl", budget=_budget(18, 22)),
-    _case("reverse_kl + ce, any T", "reverse_kl", targets=True, power=0, budget=_budget(23, 25)),
+    _case("reverse_kl", "reverse_kl", budget=_budget(19, 18.5)),
+    _case("reverse_kl + ce, any T", "reverse_kl", targets=True, power=0, budget=_budget(23, 21.5)),
     _case("jsd", "jsd", budget=_budget(100, 90)),
-    _case("jsd + ce + metrics, any T", "jsd", targets=True, metrics=True, power=0), _case("ce", None, targets=True),
+    _case("jsd + ce + metrics, any T", "jsd", targets=True, metrics=True, power=0),
+    _case("ce", None, targets=True),
     _case("forward_kl + ce, student padded", "forward_kl", targets=True, vocab=50304),
     _case("forward_kl + ce + metrics, few rows", "forward_kl", targets=True, metrics=True, rows=4),
     _case("jsd, few rows", "jsd", rows=4),

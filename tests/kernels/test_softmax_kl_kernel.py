@@ -35,6 +35,13 @@ def assert_kernel_matches(arguments: dict[str, Any], dloss: float | Tensor = 1.0
 
 
 @each_divergence
+@pytest.mark.parametrize("vocab", [50257, 151936])
+def test_a_few_rows_of_a_large_vocabulary_match_the_definition(vocab, divergence):
+    arguments = random_logits(2, vocab) | {"targets": random_targets(2, vocab=vocab, ignored=0), "ce_weight": 0.5}
+    assert_kernel_matches(arguments | {"divergence": divergence, "temperature": 2.0, "metrics": True})
+
+
+@each_divergence
 @pytest.mark.parametrize("splits", [1, 2, 4, 16])
 @pytest.mark.parametrize("vocab", [1, 129, 4097])  # parts without a tile, with one, with several
 def test_a_row_in_parts_matches_the_definition(vocab, splits, divergence, monkeypatch):
@@ -145,3 +152,14 @@ def test_one_launch_gives_what_two_give(dtype, terms, power, divergence):
         assert_value_close(value, getattr(truth, name), name)
     assert statistics.shape == (ops.STATISTICS, rows)
     assert_gradient_close(gradient, true_gradient, eager_gradient)
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
+    """Triton launches on the current GPU, whichever holds the tensors."""
+    current: list[Tensor] = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: current.append(tensor) or device_of(tensor))
+    arguments = random_logits(2, 11)
+    differentiate(partial(softmax_kl, impl="triton"), arguments, STUDENT)
+    assert len(current) == 2
+    assert all(tensor.device == arguments["student_logits"].device for tensor in current)

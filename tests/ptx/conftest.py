@@ -1,4 +1,4 @@
-"""Some tests need a process whose Triton kernels the interpreter runs: FASTDISTILL_PTX (`tests/test_without_gpu.py`)."""
+"""Some tests need a process whose Triton kernels the interpreter runs: `test_without_gpu.py` starts such."""
 
 from __future__ import annotations
 

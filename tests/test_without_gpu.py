@@ -1,0 +1,71 @@
+"""The kernels' tests on a machine without a GPU: in Triton's interpreter, and as compiled for three generations of GPU.
+
+Each way needs a process of its own. They start together, as many at a time as there are cores, and each is a test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is installed on Linux x86_64 alone")
+
+ROOT = Path(__file__).resolve().parents[1]
+LOSSES = ["tests/test_softmax_kl.py", "tests/test_linear_softmax_kl.py"]
+PARITY = [f"{LOSSES[0]}::test_every_{what}_matches_the_definition" for what in ("keyword", "vocabulary_size_and_dtype")]
+LINEAR_PARITY = [f"{LOSSES[1]}::test_every_keyword_matches_the_definition"]
+KERNELS = ["tests/kernels", "bench/test_gpu_softmax_kl.py"]
+COMPILED = ["tests/ptx/test_triton_kernels.py", "tests/ptx/test_softmax_kl_traffic.py"]
+
+WAYS = {
+    "sm_60": {"FASTDISTILL_PTX": "60"},
+    "interpreter": {"TRITON_INTERPRET": "1"},
+    "sm_75": {"FASTDISTILL_PTX": "75"},
+    "sm_90": {"FASTDISTILL_PTX": "90"},
+}
+SOME_TESTS = {
+    "sm_60": [*COMPILED, "tests/kernels/test_softmax_kl_kernel.py", *PARITY],
+    "interpreter": [*KERNELS, *PARITY],
+    "sm_75": [*COMPILED, *LINEAR_PARITY],
+    "sm_90": [*COMPILED, *PARITY],
+}
+ALL_TESTS = {way: [*KERNELS, *LOSSES, *([] if way == "interpreter" else COMPILED)] for way in WAYS}
+
+
+def run(environment: dict[str, str], arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-W", "ignore::RuntimeWarning"),  # NumPy's, of -inf - -inf in Triton's interpreter
+            *("-k", "(triton or kernels) and not unread"),  # a kernel does not know whether the host may read values
+            *arguments,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
+def processes(request) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    tests = SOME_TESTS if request.param == "some" else ALL_TESTS
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {way: pool.submit(run, environment, tests[way]) for way, environment in WAYS.items()}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_kernels_pass_their_tests(processes, way):
+    process = processes[way].result()
+    summary = process.stdout.splitlines()[-1] if process.stdout else ""
+    assert process.returncode == 0, process.stdout[-20000:] + process.stderr[-5000:]
+    assert int(re.findall(r"(\d+) passed", summary)[0]) > 75
