@@ -223,6 +223,7 @@ def _softmax_kl_one_launch_kernel(
             shared_vocab,
             DIVERGENCE, HAS_TARGETS, METRICS, POWER, TAIL, NT, VEC, COMPUTE,
         )
+        tl.debug_barrier()  # the row may be written in place: every thread has its target's logit by now
         # From the row's end: what was read last is likeliest still in the cache.
         row_gradient(
             s_row, t_row, g_row, lead, vocab, shared_vocab, 0, tl.load(weights_ptr + row) * tl.load(dloss_ptr + row),

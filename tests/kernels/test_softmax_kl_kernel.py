@@ -163,3 +163,33 @@ def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch):
     differentiate(partial(softmax_kl, impl="triton"), arguments, STUDENT)
     assert len(current) == 2
     assert all(tensor.device == arguments["student_logits"].device for tensor in current)
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])  # with 0 the target's logit is read for its value alone
+def test_one_launch_may_write_over_the_students_logits(ce_weight):
+    rows, vocab = 5, 4099
+    student, teacher = random_logits(rows, vocab).values()
+    targets, weights = random_targets(rows, vocab=vocab, ignored=0), torch.ones(rows, device=DEVICE)
+    scalars = torch.tensor([1.0, 1.0, ce_weight, 0.5], device=DEVICE)
+
+    def launch(gradient: Tensor) -> Tensor:
+        return kernels.softmax_kl_one_launch(
+            weights,
+            student,
+            teacher,
+            targets,
+            weights,
+            scalars,
+            gradient,
+            divergence="forward_kl",
+            shared_vocab=vocab,
+            metrics=False,
+            power=1,
+            kl_in_loss=True,
+            ce_in_loss=ce_weight != 0,
+        )[0]
+
+    gradient = torch.empty_like(student)
+    values = launch(gradient)
+    assert torch.equal(launch(student), values)
+    assert torch.equal(student, gradient)

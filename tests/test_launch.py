@@ -1,0 +1,61 @@
+"""The launch table: what is launched for rows of one size on each architecture."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is installed on Linux x86_64 alone")
+
+from fastdistill.kernels import launch
+from fastdistill.kernels.launch import ARCHITECTURES, MAX_SPLITS, row_plan, vector_length
+
+ROW = 2 * 128256
+"""Bytes of a row of Llama 3's vocabulary in a half precision."""
+
+
+@pytest.fixture(params=[60, 61, 70, 75, 80, 86, 89, 90, 100, 120])
+def arch(request, monkeypatch) -> int:
+    """The architecture of the GPU that Triton has."""
+    target = SimpleNamespace(arch=request.param)
+    monkeypatch.setattr(launch.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(launch.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
+    return request.param
+
+
+def test_many_rows_have_a_program_each(arch):
+    assert row_plan(8192, ROW) == (8, 1)
+    assert row_plan(8192, ROW).lanes == 256
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 50, 100])
+def test_few_rows_are_split_until_every_sm_has_work_or_parts_are_small(arch, rows):
+    plan = row_plan(rows, 100 * ROW)
+    assert plan.splits == MAX_SPLITS or rows * plan.splits >= ARCHITECTURES.get(arch, ARCHITECTURES[60]).sms
+    assert plan.splits == 1 or rows * plan.splits // 2 < ARCHITECTURES.get(arch, ARCHITECTURES[60]).sms
+    assert row_plan(rows, 4096).splits == 1
+
+
+def test_a_part_is_at_least_four_tiles_of_4_kb(arch):
+    splits = [row_plan(1, row_bytes).splits for row_bytes in (32767, 32768, 65536, 131072, ROW)]
+    assert splits == [1, 2, 4, 8, 8]
+
+
+def test_a_row_that_is_read_twice_fills_an_sm_where_the_l2_cache_is_large(arch):
+    assert row_plan(8192, ROW, reads_twice=True) == (32 if arch in (80, 89, 90, 100, 120) else 8, 1)
+    assert row_plan(1, ROW, reads_twice=True).splits == 1
+
+
+def test_an_architecture_that_is_not_in_the_table_is_as_the_one_before_it(monkeypatch):
+    for arch, known in ((72, 70), (87, 86), (103, 100), (121, 120)):
+        monkeypatch.setattr(
+            launch.driver,
+            "_active",
+            SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=arch)),  # noqa: B023
+        )
+        assert launch._current_architecture() is ARCHITECTURES[known]
+
+
+def test_a_vector_is_16_bytes_of_the_widest_type():
+    assert [vector_length(*sizes) for sizes in ((2, 2), (2, 4), (4, 4), (8, 2))] == [8, 4, 4, 2]
