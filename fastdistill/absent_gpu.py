@@ -113,7 +113,7 @@ class _AbsentGPU(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing can be timed on a GPU that is not there")
+        raise RuntimeError("nothing can be timed on a GPU that is not there")
 
 
 class _Utils:
