@@ -1,4 +1,4 @@
-"""Every figure in the README stands in a file of the repository."""
+"""Every figure in the README and in kernels/README.md stands in a file of the repository."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
+from bench import compile_table
 from bench.table import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +25,15 @@ def test_tables_and_comparisons_are_those_of_the_kept_results():
     assert [line for line in figures if line not in kept] == []
 
 
-def test_links_lead_somewhere():
-    links = re.findall(r"\]\(([^)]+)\)", README)
-    assert len(links) >= 3
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_instruction_counts_are_those_of_the_kept_compile_check():
+    check = json.loads((ROOT / "docs" / "compile-check.json").read_text(encoding="utf-8"))
+    assert {each["arch"] for each in check["results"]} == {60, 61, 70, 75, 80, 86, 89, 90, 100, 120}
+    assert [each for each in check["results"] if each["failures"]] == []
+    assert compile_table.table(check) in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert links
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []

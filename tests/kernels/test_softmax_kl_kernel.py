@@ -193,3 +193,15 @@ def test_one_launch_may_write_over_the_students_logits(ce_weight):
     values = launch(gradient)
     assert torch.equal(launch(student), values)
     assert torch.equal(student, gradient)
+
+
+def test_the_first_of_equal_logits_is_found_across_a_rows_ragged_ends(monkeypatch):
+    """An early and a late place in one lane, in each order of whole vectors and ragged ends."""
+    monkeypatch.setattr(kernels, "row_plan", lambda rows, row_bytes: LaunchPlan(1, 1))
+    rows, vocab = 8, 131  # each row begins at another place in a vector
+    for early, late in ((0, 2), (1, 4), (5, vocab - 1), (6, vocab - 2), (7, vocab - 1)):
+        one, both = torch.zeros(2, rows, vocab, device=DEVICE)
+        one[:, early] = both[:, early] = both[:, late] = 3.0
+        for student, teacher in ((one, both), (both, one)):
+            output = softmax_kl(student, teacher, metrics=True, reduction="sum", impl="triton")
+            assert output.top1_agreement == rows
