@@ -57,7 +57,7 @@ def test_a_row_in_parts_matches_the_definition(vocab, splits, divergence, monkey
 def test_a_row_in_parts_may_hold_minus_infinity_in_one_alone(banned, divergence, monkeypatch):
     """The first of two parts is nothing but -inf, on one side."""
     monkeypatch.setattr(kernels, "row_plan", lambda rows, row_bytes: LaunchPlan(1, 2))
-    arguments = random_logits(2, 1024) | {"divergence": divergence, "metrics": True}
+    arguments = random_logits(16, 1024) | {"divergence": divergence, "metrics": True}
     arguments[f"{banned}_logits"][:, :512] = -torch.inf
     assert_kernel_matches(arguments | {"reduction": "none"})
 
