@@ -74,8 +74,8 @@ def softmax_kl_backward(
 ) -> Tensor:
     """The gradient in `student` of each token's loss times `dloss` `[N]`; a term without its tensor is left out."""
     grad = torch.empty_like(student)
-    inputs = dloss, student, teacher, targets, weights, scalars, statistics
-    _write_gradient(*inputs, grad, divergence, shared_vocab, power)
+    tensors = teacher, targets, weights, scalars, statistics
+    _write_gradient(grad, dloss, student, *tensors, divergence, shared_vocab, power)
     return grad
 
 
@@ -98,39 +98,17 @@ def softmax_kl_backward_(
     power: int,
 ) -> None:
     """`softmax_kl_backward`, the gradient in the place of `student`."""
-    inputs = dloss, student, teacher, targets, weights, scalars, statistics
-    _write_gradient(*inputs, student, divergence, shared_vocab, power)
+    tensors = teacher, targets, weights, scalars, statistics
+    _write_gradient(student, dloss, student, *tensors, divergence, shared_vocab, power)
 
 
-def _write_gradient(
-    dloss: Tensor,
-    student: Tensor,
-    teacher: Tensor | None,
-    targets: Tensor | None,
-    weights: Tensor,
-    scalars: Tensor,
-    statistics: Tensor,
-    grad: Tensor,
-    divergence: str,
-    shared_vocab: int,
-    power: int,
-) -> None:
+def _write_gradient(grad: Tensor, dloss: Tensor, student: Tensor, *rest: Any) -> None:
+    """Into `grad`, which may be `student`; the arguments are those of `softmax_kl_backward`."""
     from fastdistill.kernels.softmax_kl import softmax_kl_grad
 
-    softmax_kl_grad(
-        dloss,
-        student,
-        teacher,
-        targets,
-        weights,
-        scalars,
-        statistics,
-        grad,
-        divergence=divergence,
-        shared_vocab=shared_vocab,
-        power=power,
-    )
-    positions = weights.shape[-1]
+    *tensors, divergence, shared_vocab, power = rest
+    softmax_kl_grad(dloss, student, *tensors, grad, divergence=divergence, shared_vocab=shared_vocab, power=power)
+    positions = tensors[2].shape[-1]
     if positions < grad.shape[-2]:  # those that alignment cut off
         grad[:, positions:].zero_()
 
