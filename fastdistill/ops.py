@@ -106,9 +106,10 @@ def _write_gradient(grad: Tensor, dloss: Tensor, student: Tensor, *rest: Any) ->
     """Into `grad`, which may be `student`; the arguments are those of `softmax_kl_backward`."""
     from fastdistill.kernels.softmax_kl import softmax_kl_grad
 
-    *tensors, divergence, shared_vocab, power = rest
-    softmax_kl_grad(dloss, student, *tensors, grad, divergence=divergence, shared_vocab=shared_vocab, power=power)
-    positions = tensors[2].shape[-1]
+    teacher, targets, weights, scalars, statistics, divergence, shared_vocab, power = rest
+    tensors = dloss, student, teacher, targets, weights, scalars, statistics, grad
+    softmax_kl_grad(*tensors, divergence=divergence, shared_vocab=shared_vocab, power=power)
+    positions = weights.shape[-1]
     if positions < grad.shape[-2]:  # those that alignment cut off
         grad[:, positions:].zero_()
 
