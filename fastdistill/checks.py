@@ -88,6 +88,35 @@ def check_targets(targets: Any, leading: tuple[int, ...], beside: Tensor, ignore
             )
 
 
+def check_shared_ids(shared_ids: Any, vocabs: tuple[int, int], beside: Tensor) -> None:
+    """Two int64 tensors `[K]`, K >= 1, the first with ids of the student, each once, the second of the teacher."""
+    if not isinstance(shared_ids, Sequence):
+        raise ValueError(f"shared_ids must be a pair of int64 tensors [K], got {_kind(shared_ids)}")
+    if len(shared_ids) != 2:
+        came = f"{type(shared_ids).__name__} of {len(shared_ids)}"
+        raise ValueError(f"shared_ids must be a pair of int64 tensors [K], got a {came}")
+    for i, (ids, vocab) in enumerate(zip(shared_ids, vocabs, strict=True)):
+        name = f"shared_ids[{i}]"
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+            raise ValueError(f"{name} must be an int64 tensor [K], got {_kind(ids)}")
+        if ids.ndim != 1 or len(ids) == 0:
+            raise ValueError(f"{name} must be [K] with K of at least 1, got shape {tuple(ids.shape)}")
+        check_device(name, ids, beside)
+        if _may_read(ids):
+            outside = ids[(ids < 0) | (ids >= vocab)]
+            if len(outside) > 0:
+                raise ValueError(f"{name} must be in [0, {vocab}), got {int(outside[0])}")
+            _, place, counts = ids.unique(return_inverse=True, return_counts=True)
+            repeated = ids[counts[place] > 1]
+            if len(repeated) > 0:
+                raise ValueError(f"{name} must hold each id once, got {int(repeated[0])} more than once")
+    student_ids, teacher_ids = shared_ids
+    if len(student_ids) != len(teacher_ids):
+        raise ValueError(
+            f"shared_ids[1] must hold an id for each of the {len(student_ids)} in shared_ids[0], got {len(teacher_ids)}"
+        )
+
+
 def check_mask(mask: Any, leading: tuple[int, ...], beside: Tensor) -> None:
     """Weights >= 0 of shape `leading`: bool, integer or float."""
     if not isinstance(mask, Tensor) or mask.dtype.is_complex:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def linear_softmax_kl(
         ValueError: for a wrong argument, with its name, before any work is done.
         RuntimeError: for an `impl` asked for that cannot be had, and for a second backward.
     """
-    student_vocab = _check_head("student", student_hidden, student_weight, student_bias)
+    student_vocab = check_head("student", student_hidden, student_weight, student_bias)
     teacher_vocab = None
     if (teacher_hidden is None) != (teacher_weight is None):
         given, missing = ("weight", "hidden") if teacher_hidden is None else ("hidden", "weight")
@@ -80,7 +80,7 @@ def linear_softmax_kl(
     if teacher_bias is not None and teacher_hidden is None:
         raise ValueError("teacher_bias must be None without teacher_hidden, got a tensor")
     if teacher_hidden is not None and teacher_weight is not None:
-        teacher_vocab = _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+        teacher_vocab = check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
         checks.check_pair("student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
     for name, tensor in (("hidden", teacher_hidden), ("weight", teacher_weight), ("bias", teacher_bias)):
         checks.check_teacher_is_constant(f"teacher_{name}", tensor)
@@ -121,7 +121,7 @@ def linear_softmax_kl(
     return prepared.output(TokenTerms(*terms), rows)
 
 
-def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """Check one model's hidden states and head; return its vocabulary size."""
     layout = "[B, S, D] or [N, D]"
     checks.check_float_tensor(f"{model}_hidden", hidden, (2, 3), layout)
@@ -147,7 +147,7 @@ class _Plan(NamedTuple):
     impl: str
 
 
-class _Head:
+class Head:
     """One model's hidden states and output head, in the compute dtype."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, dtype: torch.dtype):
@@ -166,10 +166,10 @@ class _Head:
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
 
-class _Gradients:
+class Gradients:
     """Gradients of the student's hidden states and head, summed over chunks; only those that are needed."""
 
-    def __init__(self, hidden: Tensor, student: _Head, needs: tuple[bool, ...]):
+    def __init__(self, hidden: Tensor, student: Head, needs: tuple[bool, ...]):
         self.student = student
         self.hidden = torch.zeros_like(hidden, dtype=student.dtype) if needs[0] else None
         self.weight = torch.zeros_like(student.weight) if needs[1] else None
@@ -186,7 +186,7 @@ class _Gradients:
 
 
 def _walk(
-    student: _Head, teacher: _Head | None, plan: _Plan, *, gradient: bool
+    student: Head, teacher: Head | None, plan: _Plan, *, gradient: bool
 ) -> Iterator[tuple[TokenRows, Tensor, TokenTerms, Tensor | None]]:
     """(chunk of rows, its student hidden states, its terms, its unweighted dlogits) for every chunk."""
     vocab = len(student.weight)
@@ -240,13 +240,13 @@ def _chunk_terms_triton(
     return TokenTerms(*terms), student if gradient else None  # type: ignore[arg-type]
 
 
-def _heads(inputs: tuple, options: SoftmaxKLOptions) -> tuple[_Head, _Head | None]:
+def _heads(inputs: tuple, options: SoftmaxKLOptions) -> tuple[Head, Head | None]:
     student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias = inputs
     dtype = compute_dtype(student_hidden)
-    student = _Head(student_hidden, student_weight, student_bias, len(student_weight), dtype)
+    student = Head(student_hidden, student_weight, student_bias, len(student_weight), dtype)
     if teacher_hidden is None:
         return student, None
-    return student, _Head(teacher_hidden, teacher_weight, teacher_bias, options.shared_vocab, dtype)
+    return student, Head(teacher_hidden, teacher_weight, teacher_bias, options.shared_vocab, dtype)
 
 
 class _LinearSum(torch.autograd.Function):
@@ -258,7 +258,7 @@ class _LinearSum(torch.autograd.Function):
         needs = tuple(grad_mode and needed for needed in ctx.needs_input_grad[:3])
         with full_precision(inputs[0]):
             student, teacher = _heads(tuple(inputs), plan.options)
-            gradients = _Gradients(inputs[0], student, needs)
+            gradients = Gradients(inputs[0], student, needs)
             parts = []
             for chunk, hidden, terms, dlogits in _walk(student, teacher, plan, gradient=any(needs)):
                 parts.append(terms.weighted(chunk))
@@ -274,17 +274,19 @@ class _LinearSum(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, dloss, *_):
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "linear_softmax_kl can be differentiated once: its gradients were made in forward and scaled in place "
-                "by the first backward. Call it again for a second one"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = [
-            None if x is None else x.mul_(dloss).to(dtype)
-            for x, dtype in zip((gradients.hidden, gradients.weight, gradients.bias), ctx.dtypes, strict=True)
-        ]
-        return *scaled, *(None,) * 5
+        return *scaled_gradients(ctx, "linear_softmax_kl", dloss), *(None,) * 5
+
+
+def scaled_gradients(ctx: Any, operation: str, dloss: Tensor) -> list[Tensor | None]:
+    """The gradients that a forward pass left in `ctx`, times the incoming one: in place, so once."""
+    if ctx.gradients is None:
+        raise RuntimeError(
+            f"{operation} can be differentiated once: its gradients were made in forward and scaled in place by the "
+            "first backward. Call it again for a second one"
+        )
+    gradients, ctx.gradients = ctx.gradients, None
+    made = (gradients.hidden, gradients.weight, gradients.bias)
+    return [None if x is None else x.mul_(dloss).to(dtype) for x, dtype in zip(made, ctx.dtypes, strict=True)]
 
 
 class _LinearTokens(torch.autograd.Function):
@@ -308,7 +310,7 @@ class _LinearTokens(torch.autograd.Function):
         inputs = ctx.saved_tensors
         with full_precision(inputs[0]):
             student, teacher = _heads(inputs, ctx.plan.options)
-            gradients = _Gradients(inputs[0], student, ctx.needs_input_grad[:3])
+            gradients = Gradients(inputs[0], student, ctx.needs_input_grad[:3])
             start = 0
             for chunk, hidden, _, dlogits in _walk(student, teacher, ctx.plan, gradient=True):
                 assert dlogits is not None

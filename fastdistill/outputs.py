@@ -32,6 +32,22 @@ class LossOutput(NamedTuple):
     does not count. On the CPU it is a ValueError instead, so there this is 0."""
 
 
+class CrossVocabOutput(NamedTuple):
+    """Result of `linear_cross_vocab_kl`, each 0-d; float32, or float64 for float64 input. Only `loss` has a gradient.
+
+    With x_i a token's value and w_i its weight, each field but the last holds sum(w_i x_i) / num_tokens (reduction
+    "mean") or sum(w_i x_i) ("sum").
+    """
+
+    loss: Tensor
+    kl: Tensor
+    """The divergence of "shared" without T^2, or the distance of "sorted"."""
+    top1_agreement: Tensor | None
+    """1 where the most probable string of both models is the same shared one; None without `metrics`."""
+    num_tokens: Tensor
+    """The divisor of the mean."""
+
+
 class LayerLossOutput(NamedTuple):
     """Result of `layer_loss`: the weighted mean over layers (0-d) and, detached, each layer's own loss [L]."""
 

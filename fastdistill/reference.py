@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.align import common_positions, cut, mean, outside_vocabulary, shared_vocab_size, token_weights
-from fastdistill.outputs import LayerLossOutput, LossOutput
+from fastdistill.outputs import CrossVocabOutput, LayerLossOutput, LossOutput
 
 LAYER_EPS = 1e-5
 MAX_LOG_RATIO = 80.0
@@ -61,6 +61,15 @@ def jsd(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
     return (beta * teacher_term + (1 - beta) * student_term).sum(-1)
 
 
+def divergence_between(log_s: Tensor, log_t: Tensor, divergence: str, jsd_beta: float) -> Tensor:
+    """The divergence of that name of log-probabilities `[..., V]`, `[...]`."""
+    if divergence == "forward_kl":
+        return forward_kl(log_s, log_t)
+    if divergence == "reverse_kl":
+        return reverse_kl(log_s, log_t)
+    return jsd(log_s, log_t, jsd_beta)
+
+
 def softmax_kl(
     student_logits: Tensor,
     teacher_logits: Tensor | None,
@@ -102,12 +111,7 @@ def softmax_kl(
         shared = shared_vocab_size(student_vocab, teacher.shape[-1], vocab_size)
         z_s, z_t = student[..., :shared], teacher[..., :shared]
         log_s, log_t = F.log_softmax(z_s / temperature, -1), F.log_softmax(z_t / temperature, -1)
-        if divergence == "forward_kl":
-            kl = forward_kl(log_s, log_t)
-        elif divergence == "reverse_kl":
-            kl = reverse_kl(log_s, log_t)
-        else:
-            kl = jsd(log_s, log_t, jsd_beta)
+        kl = divergence_between(log_s, log_t, divergence, jsd_beta)
         if kl_weight != 0:
             loss = loss + kl_weight * (temperature**2 if temperature_squared else 1) * kl
         if metrics:
@@ -157,6 +161,64 @@ def linear_softmax_kl(
     if teacher_hidden is not None and teacher_weight is not None:
         teacher_logits = F.linear(teacher_hidden, teacher_weight, teacher_bias)
     return softmax_kl(student_logits, teacher_logits, targets, **keywords)
+
+
+def cross_vocab_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    shared_ids: tuple[Tensor, Tensor] | None,
+    *,
+    mask: Tensor | None = None,
+    method: str = "shared",
+    temperature: float | Tensor = 1.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    temperature_squared: bool = True,
+    num_tokens: float | Tensor | None = None,
+    reduction: str = "mean",
+    metrics: bool = False,
+) -> CrossVocabOutput:
+    """What `fastdistill.linear_cross_vocab_kl` computes of logits `[N, V]` and `[N, Vt]`."""
+    dtype = compute_dtype(student_logits)
+    w = torch.ones_like(student_logits[:, 0], dtype=dtype) if mask is None else mask.to(dtype)
+    counts = w != 0
+    z_s, z_t = (z.to(dtype).masked_fill(~counts[:, None], 0) for z in (student_logits, teacher_logits))
+    log_s, log_t = F.log_softmax(z_s / temperature, -1), F.log_softmax(z_t / temperature, -1)
+    if method == "sorted":
+        p_s, p_t = log_s.exp().sort(descending=True).values, log_t.exp().sort(descending=True).values
+        longer = max(p_s.shape[1], p_t.shape[1])
+        padded_s, padded_t = (F.pad(p, (0, longer - p.shape[1])) for p in (p_s, p_t))
+        kl = (padded_s - padded_t).abs().sum(-1)
+        loss = kl
+    else:
+        assert shared_ids is not None
+        has_others = all(len(ids) < log_p.shape[1] for ids, log_p in zip(shared_ids, (log_s, log_t), strict=True))
+        log_s, log_t = (_coarse(log_p, ids, has_others) for ids, log_p in zip(shared_ids, (log_s, log_t), strict=True))
+        kl = divergence_between(log_s, log_t, divergence, jsd_beta)
+        loss = temperature**2 * kl if temperature_squared else kl
+    top1_agreement = None
+    if metrics and shared_ids is not None:
+        best = torch.stack([z_s.argmax(-1), z_t.argmax(-1)], 1)
+        top1_agreement = (best[:, None] == torch.stack(list(shared_ids), 1)).all(-1).any(-1).to(dtype)
+
+    n = w.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=w.device)
+
+    def reduce(per_token: Tensor) -> Tensor:
+        total = torch.where(counts, w * per_token, 0).sum()
+        return mean(total, n) if reduction == "mean" else total
+
+    agreement = None if top1_agreement is None else reduce(top1_agreement)
+    return CrossVocabOutput(reduce(loss), reduce(kl.detach()), agreement, n)
+
+
+def _coarse(log_p: Tensor, ids: Tensor, has_others: bool) -> Tensor:
+    """Log-probabilities `[N, V]` to those of the events `ids` and of all others, or of `ids` alone, renormalised."""
+    shared = log_p[:, ids]
+    if not has_others:
+        return shared - shared.logsumexp(-1, keepdim=True)
+    is_other = torch.ones(log_p.shape[1], dtype=torch.bool, device=log_p.device)
+    is_other[ids] = False
+    return torch.cat([shared, log_p[:, is_other].logsumexp(-1, keepdim=True)], -1)
 
 
 def layer_loss(

@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from fastdistill import shift_targets, softmax_kl
-from fastdistill.align import common_positions, cut, mean, shared_vocab_size, token_weights
+from fastdistill.align import (
+    aligned_positions,
+    common_positions,
+    cut,
+    mean,
+    shared_vocab_size,
+    shared_vocabulary,
+    token_weights,
+)
 
 I = -100  # noqa: E741
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
@@ -110,3 +118,73 @@ def test_a_token_weighs_its_mask_where_its_target_counts(mask, targets, weights)
 def test_mean_over_no_tokens_is_0_even_of_an_infinite_total():
     totals, counts = torch.tensor([torch.inf, 3.0, torch.inf, 2.0]), torch.tensor([0.0, 0.5, 4.0, 0.0])
     assert mean(totals, counts).tolist() == [0, 6, torch.inf, 0]
+
+
+def positions_one_by_one(student_ends, teacher_ends):
+    """The definition: of the positions that share an end, the last on either side."""
+    pairs = []
+    for b, (student, teacher) in enumerate(zip(student_ends.tolist(), teacher_ends.tolist(), strict=True)):
+        for i, end in enumerate(student):
+            is_last = end >= 0 and end not in student[i + 1 :]
+            pairs += [(b, i, j) for j, e in enumerate(teacher) if is_last and e == end and end not in teacher[j + 1 :]]
+    return pairs
+
+
+def random_ends(generator, rows, length):
+    ends = torch.randint(0, 12, (rows, length), generator=generator).sort(dim=1).values
+    return ends.masked_fill(torch.rand(ends.shape, generator=generator) < 0.3, -1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_positions_with_one_end_are_paired_by_their_last(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 20, (2,), generator=generator).tolist()
+    ends = [random_ends(generator, 4, length) for length in lengths]
+    aligned = torch.stack(aligned_positions(*ends), dim=1)
+    assert aligned.dtype == torch.int64
+    assert [tuple(pair) for pair in aligned.tolist()] == positions_one_by_one(*ends)
+
+
+def test_a_row_without_text_is_paired_with_nothing():
+    nothing = torch.full((2, 3), -1)
+    ends = torch.tensor([[0, 1, 2], [3, 3, 5]])
+    for student, teacher in ((nothing, ends), (ends, nothing), (ends[:0], ends[:0]), (ends[:, :0], ends)):
+        assert [len(part) for part in aligned_positions(student, teacher)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (torch.tensor([[1, 2]]), torch.tensor([[1, 5, -1, 4]]), r"teacher_ends must not fall.*4 after 5 in row 0"),
+        (torch.tensor([[1, 2], [2, 1]]), torch.tensor([[1], [1]]), r"student_ends must not fall.*1 after 2 in row 1"),
+        (torch.tensor([1, 2]), torch.tensor([[1]]), r"student_ends must be int64 \[B, S\].*shape \(2,\)"),
+        (torch.tensor([[1]]), torch.tensor([[1.0]]), r"teacher_ends must be int64 \[B, S\], got torch\.float32"),
+        (
+            torch.tensor([[1]]),
+            torch.tensor([[1], [2]]),
+            "teacher_ends must have the 1 rows of student_ends on cpu, got 2",
+        ),
+        (torch.tensor([[1]]), torch.ones(1, 1, dtype=torch.int64, device="meta"), "on cpu, got 1 on meta"),
+    ],
+)
+def test_ends_that_cannot_be_compared_are_refused(student, teacher, message):
+    with pytest.raises(ValueError, match=message):
+        aligned_positions(student, teacher)
+
+
+def test_ends_may_start_again_in_the_next_row():
+    ends = torch.tensor([[5, 9], [0, 5]])
+    assert [part.tolist() for part in aligned_positions(ends, ends)] == [[0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 0, 1]]
+
+
+def test_shared_ids_are_those_of_equal_strings_once_each():
+    student = [None, b"a", b"b", b"", b"\xff", b"a"]
+    teacher = [b"b", None, b"a", b"c", b"b", b""]
+    ids, teacher_ids = shared_vocabulary(student, teacher)
+    assert (ids.tolist(), teacher_ids.tolist()) == ([2, 3, 5], [4, 5, 2])
+    assert ids.dtype == teacher_ids.dtype == torch.int64
+
+
+def test_vocabularies_without_a_common_string_share_no_ids():
+    ids, teacher_ids = shared_vocabulary([b"a", None], [None, b"b"])
+    assert (ids.shape, teacher_ids.shape) == ((0,), (0,))

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shutil
 import time
 import types
 import typing
@@ -20,19 +21,54 @@ class UsageError(Exception):
     """Something the user asked for cannot be done; the message is all that they need to see."""
 
 
-def _flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+def _flag(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+_DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag: `batch_size` is `--batch-size`."""
 
-    teacher: str = _flag("demo", "'demo' (trained here once, then cached), or a model folder or hub name")
+    teacher: str = _flag("demo", "'demo' (trained here once, then cached), a model folder, hub name or .gguf file")
+    teacher_dtype: str = _flag("auto", "number format of the teacher; auto: --precision's", ("auto", *_DTYPES))
+    teacher_bits: int | None = _flag(None, "load the teacher quantised to 8 or 4 bits, by bitsandbytes", (None, 8, 4))
+    teacher_device: str = _flag("auto", "where the teacher computes; auto: where the student does", ("auto", "cpu"))
     student: str | None = _flag(None, "model folder or hub name to start from; default: layers of the teacher")
-    student_layers: str = _flag("every-other", "teacher layers the student is made of: every-other, or 0,2,5,...")
-    data: str = _flag("pydoc", "'pydoc' (Python's language reference, on every machine), or a .txt file")
+    student_layers: str = _flag(
+        "every-other",
+        "teacher layers the student is made of: every-other, first, first:N, importance,\n"
+        "importance:N (those that the teacher misses most), or 0,2,5,...",
+    )
+
+    data: str = _flag(
+        "pydoc",
+        "text: 'pydoc' (Python's language reference, on every machine), .txt, .jsonl or .parquet files and\n"
+        "folders of them, wikitext-2, wikitext-103, bookcorpus, openwebtext, c4, fineweb-edu, or any hub\n"
+        "data set as owner/name or owner/name:config; several as a,b or with shares as a=0.7,b=0.3",
+    )
+    text_field: str = _flag("text", "which field of a row is its text")
+    streaming: bool = _flag(False, "read the text as it is needed instead of before")
     data_share: float = _flag(1.0, "share of the training text that the student sees, drawn by seed")
+    packing: str = _flag(
+        "documents",
+        "rows of several documents that do not see each other, of a stream of documents that do,\n"
+        "or padded rows of one document",
+        ("documents", "stream", "padded"),
+    )
+    align: str = _flag(
+        "bytes",
+        "with two tokenizers, compare positions that have read the same text, or cut to the shorter and\n"
+        "compare by number (mostly unrelated text)",
+        ("bytes", "cut"),
+    )
+    cross_vocab: str = _flag(
+        "shared",
+        "with two tokenizers, compare the strings that both have and the rest of the mass, or sorted\nprobabilities",
+        ("shared", "sorted"),
+    )
 
     output_dir: str | None = _flag(None, "where the run is kept; default runs/<time>")
     resume: bool = _flag(False, "go on with the run in --output-dir")
@@ -51,7 +87,7 @@ class Config:
     warmup_steps: int = _flag(20, "optimizer steps of linear warm-up")
     weight_decay: float = _flag(0.1, "AdamW weight decay of matrices")
     clip: float = _flag(1.0, "largest gradient norm")
-    precision: str = _flag("auto", "number format of the student's forward pass", ("auto", "fp32", "bf16", "fp16"))
+    precision: str = _flag("auto", "number format of the student's forward pass", ("auto", *_DTYPES))
 
     kd_weight: float = _flag(0.5, "weight of T^2 KL(teacher || student)")
     lm_weight: float = _flag(0.5, "weight of the next-token cross-entropy")
@@ -77,7 +113,9 @@ class Config:
             value = getattr(self, f.name)
             choices = f.metadata["choices"]
             if choices and value not in choices:
-                raise UsageError(f"--{_dashed(f.name)} must be one of {', '.join(choices)}, got {value!r}")
+                raise UsageError(
+                    f"--{_dashed(f.name)} must be one of {', '.join(map(str, filter(None, choices)))}, got {value!r}"
+                )
             if isinstance(value, float) and not math.isfinite(value):
                 raise UsageError(f"--{_dashed(f.name)} must be finite, got {value}")
         for name in _AT_LEAST_ONE:
@@ -132,7 +170,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--preset", default=argparse.SUPPRESS, help=f"base settings: {', '.join(PRESETS)} (default: demo)"
+        "--preset",
+        default=argparse.SUPPRESS,
+        help=f"base settings: {', '.join(PRESETS)} (default: demo, or with --teacher the defaults below)",
     )
     parser.add_argument("--config", default=argparse.SUPPRESS, help="JSON file of base settings, instead of a preset")
     hints = typing.get_type_hints(Config)
@@ -156,8 +196,10 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         raise UsageError("--preset and --config are both given: each is the base that flags change, choose one")
     if flags.get("resume"):
         return _resumed(flags)
-    preset, file = flags.pop("preset", "demo"), flags.pop("config", None)
-    base = _from_file(Path(file)) if file else _preset(preset)
+    preset, file = flags.pop("preset", None), flags.pop("config", None)
+    # A teacher of one's own is not to be distilled as the demo's is, on a tenth of the text.
+    own = {} if "teacher" in flags and preset is None else _preset(preset or "demo")
+    base = _from_file(Path(file)) if file else own
     return Config(**base | flags)
 
 
@@ -176,10 +218,9 @@ def open_output(config: Config) -> Path:
 
 
 def abandon_output(path: Path) -> None:
-    """Remove a new run's folder if nothing but its configuration is in it, so that its name is free again."""
-    if [file.name for file in path.iterdir()] == ["config.json"]:
-        (path / "config.json").unlink()
-        path.rmdir()
+    """Remove a new run's folder if nothing but its settings is in it, so that its name is free again."""
+    if {file.name for file in path.iterdir()} <= {"config.json", "student_layers.json"}:
+        shutil.rmtree(path)
 
 
 def _resumed(flags: dict[str, Any]) -> Config:

@@ -1,181 +1,131 @@
-"""Text to fixed blocks of token ids, and the order in which they are seen."""
+"""The text of a run: from sources to blocks of one tokenizer or two, training part and held-out part."""
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from fastdistill.align import shift_targets
+from fastdistill.training.blocks import Blocks, cut
 from fastdistill.training.config import UsageError
+from fastdistill.training.sources import DocumentStream, Source
+from fastdistill.training.tokens import tokenize
+from fastdistill.training.walk import MixedWalk, ShuffledWalk, StreamedWalk, Walk, permutation
 
-HELD_OUT_EVERY = 10
-END_OF_TEXT = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents, split once and for all: every tenth is held out, and no paragraph stands in both parts."""
-
-    name: str
-    train: list[str]
-    held_out: list[str]
-    repeated: int
-    """Characters left out because their paragraph stood in the text before."""
-
-    def fingerprint(self) -> str:
-        """Hash of the text and its split."""
-        digest = hashlib.sha256()
-        for document in (*self.train, "\0", *self.held_out):
-            digest.update(document.encode("utf-8", "surrogatepass") + b"\0")
-        return digest.hexdigest()
-
-
-def load_corpus(name: str) -> Corpus:
-    """'pydoc', Python's language reference from the standard library, or a UTF-8 text file, whose paragraphs
-    (between empty lines) are the documents.
-
-    A paragraph that repeats an earlier one is dropped: topics of the reference quote each other at length, and text
-    that is both held out and learned from would make every student look better than it is.
-    """
-    if name == "pydoc":
-        from pydoc_data.topics import topics
-
-        texts = [topics[topic].split("\n\n") for topic in sorted(topics)]
-    else:
-        try:
-            texts = [[paragraph] for paragraph in Path(name).read_text(encoding="utf-8").split("\n\n")]
-        except OSError as error:
-            raise UsageError(f"--data {name}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            where = f"byte {error.start} is {error.object[error.start]:#04x}"
-            raise UsageError(f"--data {name} is not UTF-8 text: {where}") from error
-    seen: set[str] = {""}
-    documents, repeated = [], 0
-    for paragraphs in texts:
-        new = [p for p in dict.fromkeys(paragraphs) if p.strip() not in seen]
-        repeated += sum(map(len, paragraphs)) - sum(map(len, new))
-        seen.update(p.strip() for p in new)
-        if new:
-            documents.append("\n\n".join(new))
-    if len(documents) < HELD_OUT_EVERY:
-        raise UsageError(
-            f"--data {name} has {len(documents)} different documents (paragraphs between empty lines), and every tenth "
-            f"is held out: at least {HELD_OUT_EVERY} are needed"
-        )
-    train = [document for i, document in enumerate(documents) if i % HELD_OUT_EVERY]
-    return Corpus(name, train, documents[::HELD_OUT_EVERY], repeated)
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE of `vocab_size` ids, which covers any text; the last id ends a document."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
-    )
-
-
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise `UsageError` unless both have the same ids and the same rules for cutting text into them."""
-
-    def content(tokenizer: PreTrainedTokenizerBase) -> tuple:
-        fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-        return tokenizer.get_vocab(), fast and tokenizer.backend_tokenizer.to_str()
-
-    if content(student) != content(teacher):
-        raise UsageError(
-            f"student and teacher have different tokenizers ({len(student)} and {len(teacher)} ids): their positions "
-            "and ids do not correspond"
-        )
+PORTION_CHARACTERS = 4_000_000
+"""How much of a stream is shuffled at a time."""
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """Token ids `[M, S]` and a bool mask `[M, S]`, False for the padding at the end of the last block.
+class Cutter:
+    """How text becomes blocks: for one tokenizer, or the student's and the teacher's."""
 
-    Neighbours share one token, so that every token of the text but the first is predicted exactly once.
-    """
+    tokenizers: tuple[PreTrainedTokenizerBase, ...]
+    seq_len: int
+    packing: str
 
-    ids: Tensor
-    mask: Tensor
+    def __call__(self, documents: Sequence[str], key: str | None = None) -> Blocks:
+        """Blocks of `documents`; with `key`, which names their content, their tokens are kept."""
+        two = len(self.tokenizers) > 1
+        sides = tuple(tokenize(documents, each, with_ends=two, key=key) for each in self.tokenizers)
+        return cut(sides, self.seq_len, self.packing)
 
-    def __len__(self) -> int:
-        return len(self.ids)
 
-    def batch(self, rows: Tensor, device: torch.device) -> dict[str, Tensor]:
-        """`input_ids`, `mask`, `targets`, `[B, S]` each. Padding is on the right, where a causal model never looks."""
-        ids, mask = self.ids[rows].to(device), self.mask[rows].to(device)
-        return {"input_ids": ids, "mask": mask, "targets": shift_targets(ids, mask)}
+@dataclass(frozen=True)
+class TrainingText:
+    """Blocks in memory, or streams that are read as they are needed, with the share of samples from each."""
+
+    parts: list[Blocks | DocumentStream]
+    shares: list[float]
+    cutter: Cutter
+
+    @property
+    def is_whole(self) -> bool:
+        return all(isinstance(part, Blocks) for part in self.parts)
+
+    def num_blocks(self) -> int:
+        """How many blocks a pass over the text has."""
+        return sum(len(part) for part in self._blocks("--epochs counts passes over the text", "give --max-steps"))
 
     def num_targets(self) -> int:
-        return int(self.mask[:, 1:].sum())
+        return sum(part.num_targets() for part in self._blocks("it cannot be counted", "read it whole"))
+
+    def describe(self) -> str:
+        if not self.is_whole:
+            return "a stream of text"
+        return f"{self.num_targets():,} tokens of text"
+
+    def draw(self, share: float, seed: int) -> TrainingText:
+        """A random `share` of the blocks of each part, at least one, in their order."""
+        if share == 1:
+            return self
+        drawn: list[Blocks | DocumentStream] = []
+        for blocks in self._blocks("--data-share draws from the whole text", "stop it with --max-steps"):
+            count = max(1, round(share * len(blocks)))
+            drawn.append(blocks.select(permutation(len(blocks), f"{seed}/-1")[:count].sort().values))
+        return replace(self, parts=drawn)
+
+    def sample(self, tokens: int = 512) -> Tensor:
+        """About that many ids of the text, `[B, S]`, of the teacher's tokenizer."""
+        blocks = self.walk(0).take(0, max(1, tokens // self.cutter.seq_len))
+        lengths = [len(block[-1].ids) for block in blocks]
+        return torch.stack([block[-1].ids[: min(lengths)] for block in blocks])
+
+    def walk(self, seed: int) -> Walk:
+        """The order in which a student sees it."""
+        names = [f"{seed}"] if len(self.parts) == 1 else [f"{seed}/{i}" for i in range(len(self.parts))]
+        walks = [
+            ShuffledWalk(part, name) if isinstance(part, Blocks) else StreamedWalk(self._portion(part), name)
+            for part, name in zip(self.parts, names, strict=True)
+        ]
+        return walks[0] if len(walks) == 1 else MixedWalk(walks, self.shares)
+
+    def _blocks(self, why: str, instead: str) -> list[Blocks]:
+        whole = [part for part in self.parts if isinstance(part, Blocks)]
+        if len(whole) < len(self.parts):
+            raise UsageError(f"{why}, and a stream has no end that is known: {instead}")
+        return whole
+
+    def _portion(self, stream: DocumentStream):
+        def portion(position: Any) -> tuple[Blocks, Any]:
+            stream.seek(position)
+            documents, characters = [], 0
+            for document in stream:
+                documents.append(document)
+                characters += len(document)
+                if characters >= PORTION_CHARACTERS:
+                    return self.cutter(documents), stream.position()
+            if not documents:
+                if position is None:
+                    raise UsageError("--data: the stream has no text to learn from")
+                return portion(None)
+            return self.cutter(documents), None
+
+        return portion
 
 
-def make_blocks(documents: list[str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Blocks:
-    """All documents in one stream, each ended by the tokenizer's end of text, cut into blocks of `seq_len`."""
-    end = tokenizer.eos_token_id
-    if not isinstance(end, int):
-        raise UsageError(f"the tokenizer {tokenizer.name_or_path} has no end-of-text token to put between documents")
-    stream: list[int] = []
-    for document in documents:
-        # verbose=False: a document longer than the model's context is expected, it is cut into blocks.
-        stream += tokenizer.encode(document, add_special_tokens=False, verbose=False)
-        stream.append(end)
-    if len(stream) < 2:
-        raise UsageError(f"--data: {len(documents)} documents gave {len(stream)} tokens: there is nothing to predict")
-    starts = range(0, len(stream) - 1, seq_len - 1)
-    ids = torch.zeros(len(starts), seq_len, dtype=torch.int64)
-    mask = torch.zeros(len(starts), seq_len, dtype=torch.bool)
-    for i, start in enumerate(starts):
-        part = stream[start : start + seq_len]
-        ids[i, : len(part)] = torch.tensor(part)
-        mask[i, : len(part)] = True
-    return Blocks(ids, mask)
-
-
-def draw(blocks: Blocks, share: float, seed: int) -> Blocks:
-    """A random `share` of the blocks, at least one, in their order."""
-    if share == 1:
-        return blocks
-    count = max(1, round(share * len(blocks)))
-    kept = _permutation(len(blocks), seed, epoch=-1)[:count].sort().values
-    return Blocks(blocks.ids[kept], blocks.mask[kept])
-
-
-def sample_order(num_blocks: int, start: int, count: int, seed: int) -> Tensor:
-    """Rows of the samples `start .. start + count` of an endless shuffled walk over the blocks, int64 `[count]`.
-
-    A pure function of the sample's number: each epoch is a permutation made from the seed and the epoch, so a
-    resumed run has no sampler to restore, and the split into micro-batches changes nothing.
-    """
-    rows = []
-    while count > 0:
-        epoch, offset = divmod(start, num_blocks)
-        part = _permutation(num_blocks, seed, epoch)[offset : offset + count]
-        rows.append(part)
-        start, count = start + len(part), count - len(part)
-    return torch.cat(rows)
-
-
-def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.randperm(size, generator=generator)
+def prepare(sources: Sequence[Source], cutter: Cutter) -> tuple[TrainingText, Blocks]:
+    """What is trained on, and all sources' held-out text. Sources without weights are one text."""
+    streams = [source.name for source in sources if isinstance(source.train, DocumentStream)]
+    fingerprints = " ".join(source.fingerprint for source in sources)
+    shares = [source.weight for source in sources if source.weight is not None]
+    if not shares and not streams:
+        documents = list(chain.from_iterable(source.train for source in sources))
+        parts: list[Blocks | DocumentStream] = [cutter(documents, fingerprints)]
+    elif len(shares) < len(sources) > 1:
+        raise UsageError(
+            f"--data mixes the stream {streams[0]} with other text: give each its share, as in "
+            f"{streams[0]}=0.7,notes.txt=0.3"
+        )
+    else:
+        parts = [s.train if isinstance(s.train, DocumentStream) else cutter(s.train, s.fingerprint) for s in sources]
+    training = TrainingText(parts, shares or [1.0], cutter)
+    held_out = cutter(list(chain.from_iterable(s.held_out for s in sources)), f"held out of {fingerprints}")
+    if not held_out.num_targets() or (not streams and not training.num_targets()):
+        raise UsageError("--data: there is nothing to predict in so little text")
+    return training, held_out

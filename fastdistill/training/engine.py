@@ -27,6 +27,13 @@ def make_accelerator(precision: str) -> Accelerator:
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
 
 
+def teacher_dtype(config: Config, accelerator: Accelerator) -> str:
+    """`--teacher-dtype`, or the format in which the student computes."""
+    if config.teacher_dtype != "auto":
+        return config.teacher_dtype
+    return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+
+
 def make_optimizer(module: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW that decays matrices and leaves vectors (biases, norms) alone."""
     parameters = [p for p in module.parameters() if p.requires_grad]

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
-from fastdistill import linear_softmax_kl
-from fastdistill.training.data import Blocks
+from fastdistill import linear_cross_vocab_kl, linear_softmax_kl
+from fastdistill.training.blocks import IGNORED, Blocks, collate
 from fastdistill.training.models import parts
-from fastdistill.training.objective import Teacher
+from fastdistill.training.objective import Teacher, fed
+from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over every predicted token: nats; with a teacher also KL(teacher || student) and top-1 agreement, T = 1."""
+    """Means over every predicted token: nats; with a teacher also KL(teacher || student) and top-1 agreement, T = 1.
+
+    With two tokenizers these two are over the positions that both have (`compared` of them) and the strings that both
+    have, and `bits_per_byte` is the loss that can be set beside that of a model with another tokenizer.
+    """
 
     loss: float
     tokens: int
     kl: float | None = None
     top1_agreement: float | None = None
+    compared: int | None = None
+    bits_per_byte: float | None = None
 
 
 def perplexity(loss: float) -> float:
@@ -33,33 +40,66 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, blocks: Blocks, *, batch_size: int, teacher: Teacher | None = None) -> Evaluation:
+def evaluate(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    pairing: Pairing = ONE_TOKENIZER,
+    *,
+    batch_size: int,
+    teacher: Teacher | None = None,
+) -> Evaluation:
     """Language-model loss of `model` on all of `blocks`, each token once, in context of at most a block."""
     was_training = model.training
     model.eval()
     own = parts(model)
-    device = model.device
-    sums = torch.zeros(3, dtype=torch.float64)
-    for rows in torch.arange(len(blocks)).split(batch_size):
-        batch = blocks.batch(rows, device)
-        states = None if teacher is None else teacher(batch["input_ids"])
+    loss = kl = top1 = 0.0
+    tokens = compared = text_bytes = 0
+    for first in range(0, len(blocks), batch_size):
+        some = [blocks[i] for i in range(first, min(first + batch_size, len(blocks)))]
+        batch = collate(some, model.device, align=pairing.align)
+        states = None if teacher is None else teacher(batch.teacher)
+        hidden = own.base(**fed(batch.student), use_cache=False).last_hidden_state
+        fused = states if pairing.is_one else None
         out = linear_softmax_kl(
-            own.base(input_ids=batch["input_ids"], use_cache=False).last_hidden_state,
+            hidden,
             own.head.weight,
-            None if states is None else states.hidden,
-            None if states is None else states.weight,
-            batch["targets"],
+            fused and fused.hidden,
+            fused and fused.weight,
+            batch.targets,
             student_bias=own.head.bias,
-            teacher_bias=None if states is None else states.bias,
+            teacher_bias=fused and fused.bias,
             kl_weight=0.0,
             ce_weight=1.0,
+            vocab_size=pairing.vocab_size if fused else None,
             reduction="sum",
-            metrics=teacher is not None,
+            metrics=fused is not None,
         )
-        for i, value in enumerate((out.ce, out.kl, out.top1_agreement)):
-            if value is not None:
-                sums[i] += float(value)
+        assert out.ce is not None
+        loss, tokens = loss + float(out.ce), tokens + int(out.num_tokens)
+        if pairing.text_bytes:
+            text_bytes += int(pairing.text_bytes[0][batch.targets[batch.targets != IGNORED]].sum())
+        if states is not None and not fused:
+            assert batch.pairs is not None
+            row, student_position, teacher_position = batch.pairs
+            out = linear_cross_vocab_kl(
+                hidden[row, student_position],
+                own.head.weight,
+                states.hidden[row, teacher_position],
+                states.weight,
+                pairing.shared_ids,
+                student_bias=own.head.bias,
+                teacher_bias=states.bias,
+                reduction="sum",
+                metrics=True,
+            )
+        if states is not None:
+            assert out.kl is not None
+            assert out.top1_agreement is not None
+            kl, top1, compared = kl + float(out.kl), top1 + float(out.top1_agreement), compared + int(out.num_tokens)
     model.train(was_training)
-    tokens = blocks.num_targets()
-    loss, kl, top1 = (sums / tokens).tolist()
-    return Evaluation(loss, tokens) if teacher is None else Evaluation(loss, tokens, kl, top1)
+    result = Evaluation(loss / tokens, tokens)
+    if text_bytes:
+        result = replace(result, bits_per_byte=loss / math.log(2) / text_bytes)
+    if compared:
+        result = replace(result, compared=compared, kl=kl / compared, top1_agreement=top1 / compared)
+    return result

@@ -60,7 +60,7 @@ def _card(config: Config, rows: Sequence[Row]) -> str:
     data = (
         "Python's language reference (`pydoc_data.topics`, PSF licence)"
         if config.data == "pydoc"
-        else f"`{config.data}`"
+        else f"`{config.data}` (its licence applies)"
     )
     return f"""---
 library_name: transformers
@@ -70,7 +70,7 @@ tags: [fastdistill, distillation]
 # A student distilled with fastdistill
 
 - Teacher: {teacher}. Student: {config.student or f"the teacher's layers `{config.student_layers}`"}.
-- Data: {data}, {config.data_share:.0%} of its training part; every tenth document is held out and was not trained on.
+- Data: {data}, {config.data_share:.0%} of its training part to draw from; the held-out part was not trained on.
 - Recipe: {recipe(config)}.
 - These are the weights of the checkpoint with the lowest held-out loss, of seed {config.seed}. It was chosen on the
   same held-out text that the table reports.

@@ -1,30 +1,22 @@
-"""Teacher and student: loaded or built, and taken apart into base, blocks and output head."""
+"""A causal language model as the losses need it: its base, blocks and output head, and what its blocks put out."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import hashlib
-import json
-import os
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from fastdistill.training.config import MAY_CHANGE_ON_RESUME, Config, UsageError
-from fastdistill.training.data import END_OF_TEXT
+from fastdistill.training.config import Config, UsageError
 
-_NOT_OF_THE_TEACHER = MAY_CHANGE_ON_RESUME | {
-    "student", "student_layers", "data", "data_share", "seeds", "baseline", "epochs", "temperature", "divergence",
-    "eval_steps",
-}  # fmt: skip
-"""Fields of a demo teacher's recipe that leave its weights alone; its text is known by fingerprint."""
+_PROBED: WeakSet[PreTrainedModel] = WeakSet()
+"""Models whose logits were seen to be those of base and head."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +31,22 @@ class Parts:
 def parts(model: PreTrainedModel) -> Parts:
     """Base, transformer blocks and head of any model whose head is a plain linear map.
 
+    The first call for a model runs it on eight tokens, to see that there is no more to its logits.
+
     Raises:
-        UsageError: where there is no such structure, or where base and head do not give the model's own logits
-            (soft-capped or scaled ones, say).
+        UsageError: where there is no such structure, where the head's weights are quantised, or where base and head do
+            not give the model's own logits (soft-capped or scaled ones, say).
     """
-    base, head = model.base_model, model.get_output_embeddings()
+    name, base, head = type(model).__name__, model.base_model, model.get_output_embeddings()
     depth = model.config.get_text_config().num_hidden_layers
     lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if base is model or not lists or not isinstance(head, nn.Linear):
-        raise UsageError(f"{type(model).__name__}: no base model, list of {depth} blocks and linear head found in it")
-    probe = torch.arange(8, device=model.device)[None] % head.out_features
-    with torch.no_grad(), _evaluating(model):
-        own = model(input_ids=probe, use_cache=False).logits
-        ours = head(base(input_ids=probe, use_cache=False).last_hidden_state)
-    if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
-        raise UsageError(
-            f"{type(model).__name__}: its logits differ from head(hidden) by up to {(own - ours).abs().max():.3g}, so "
-            "a loss on head and hidden states would be another model's"
-        )
+        raise UsageError(f"{name}: no base model, list of {depth} blocks and linear head found in it")
+    if not head.weight.is_floating_point():
+        raise UsageError(f"{name}: its output head holds {head.weight.dtype} numbers, and the losses need its weights")
+    if model not in _PROBED:
+        _check_logits(model, base, head)
+        _PROBED.add(model)
     return Parts(base, lists[0], head)
 
 
@@ -65,9 +55,40 @@ def context_length(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
 
-def check_context(model: PreTrainedModel, seq_len: int, name: str) -> None:
-    if seq_len > context_length(model):
-        raise UsageError(f"--seq-len {seq_len} is more than the {context_length(model)} positions of the {name}")
+def check_fit(model: PreTrainedModel, config: Config, name: str) -> None:
+    """Raise `UsageError` unless the model, "teacher" or "student", can read blocks as `config` asks for them."""
+    if config.seq_len > context_length(model):
+        raise UsageError(f"--seq-len {config.seq_len} is more than the {context_length(model)} positions of the {name}")
+    if config.packing == "documents":
+        check_document_masks(model, name)
+
+
+@torch.no_grad()
+def check_document_masks(model: PreTrainedModel, name: str) -> None:
+    """Raise `UsageError` unless documents that share a row, told apart by their `position_ids` alone, each starting at
+    0, are read as if each were alone. `name` is "teacher" or "student".
+
+    Two rows that differ in their first document are compared on the others. Shapes are the same, so in any precision
+    most models give the same bits; some experts' sums have another order.
+    """
+    base = parts(model).base
+    advice = f"so the {name} cannot keep the documents of a row apart: use --packing stream"
+    if "position_ids" not in inspect.signature(base.forward).parameters:
+        raise UsageError(f"{type(model).__name__} takes no position_ids, {advice}")
+    lengths, vocab_size = [4, 2, 3], model.config.get_text_config().vocab_size
+    positions = torch.cat([torch.arange(length, device=model.device) for length in lengths])[None]
+    row = torch.arange(sum(lengths), device=model.device)[None]
+    other = torch.where(row < lengths[0], row + sum(lengths), row)
+    with evaluating(model):
+        one, two = (
+            base(input_ids=ids % vocab_size, position_ids=positions, use_cache=False).last_hidden_state.float()
+            for ids in (row, other)
+        )
+    seen = (one - two)[:, lengths[0] :].norm() / one[:, lengths[0] :].norm()
+    if not seen <= torch.finfo(model.dtype).eps ** 0.5:
+        raise UsageError(
+            f"{type(model).__name__} sees a document in those after it ({seen:.1%} of their states), {advice}"
+        )
 
 
 @contextmanager
@@ -89,89 +110,31 @@ def captured_outputs(blocks: nn.ModuleList, indices: Sequence[int]) -> Iterator[
             handle.remove()
 
 
-def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, in float32, and tokenizer from a folder or the hub. Weights that would be unpickled are refused."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        where = "the folder" if Path(name).is_dir() else "no such folder, and from the hub"
-        raise UsageError(f"cannot load the model {name} ({where}): {str(error).splitlines()[0]}") from error
-    return model, tokenizer
-
-
-def demo_teacher(tokenizer: PreTrainedTokenizerBase, *, depth: int, width: int, seq_len: int) -> PreTrainedModel:
-    """An untrained Llama of `depth` layers and `width` channels: tried beside a GPT-2 of this size, it learned markedly
-    more in the same few hundred steps.
-    """
-    if width % 32:
-        raise UsageError(f"--teacher-width must be a multiple of 32, the width of a head, got {width}")
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    assert isinstance(end, int)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=depth,
-        num_attention_heads=width // 32, max_position_embeddings=seq_len, tie_word_embeddings=True,
-        bos_token_id=end, eos_token_id=end,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
-
-
-def cached_teacher(recipe: Config, corpus_fingerprint: str) -> Path:
-    """Where a demo teacher of this recipe and text is kept: below FASTDISTILL_CACHE, or the user's cache folder."""
-    matters = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in _NOT_OF_THE_TEACHER}
-    key = hashlib.sha256(json.dumps([matters, corpus_fingerprint], sort_keys=True).encode()).hexdigest()[:16]
-    root = (
-        os.environ.get("FASTDISTILL_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistill"
-    )
-    return Path(root) / f"teacher-{key}"
-
-
-def kept_layers(rule: str, depth: int) -> list[int]:
-    """0-based teacher layers of `--student-layers`. "every-other" counts down from the last, which it keeps."""
-    if rule == "every-other":
-        return list(range((depth - 1) % 2, depth, 2))
-    try:
-        layers = [int(part) for part in rule.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--student-layers must be every-other or numbers like 0,2,5, got {rule!r}") from error
-    if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
-        raise UsageError(f"--student-layers must rise within the teacher's layers 0 to {depth - 1}, got {rule!r}")
-    return layers
-
-
-def build_student(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A model of the teacher's kind made of its chosen layers; embeddings, final norm and head are copies."""
-    config = copy.deepcopy(teacher.config)
-    text_config = config.get_text_config()
-    depth = text_config.num_hidden_layers
-    for key, value in vars(text_config).items():
-        if isinstance(value, list) and len(value) == depth:  # one entry a layer, `layer_types` for one
-            setattr(text_config, key, [value[i] for i in layers])
-    text_config.num_hidden_layers = len(layers)
-    student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-    blocks = parts(teacher).blocks
-    prefix = next(name for name, module in teacher.named_modules() if module is blocks) + "."
-    new_index = {old: new for new, old in enumerate(layers)}
-    weights = {}
-    for name, weight in teacher.state_dict().items():
-        if name.startswith(prefix):
-            old, rest = name.removeprefix(prefix).split(".", 1)
-            if int(old) not in new_index:
-                continue
-            name = f"{prefix}{new_index[int(old)]}.{rest}"
-        weights[name] = weight
-    student.load_state_dict(weights)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student
-
-
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) while it lasts, then the mode that was."""
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, base: nn.Module, head: nn.Linear) -> None:
+    """The head's output is made large in both, so that a soft cap shows in an untrained model and in half precision."""
+    probe = torch.arange(8, device=model.device)[None] % head.out_features
+    handle = head.register_forward_hook(lambda module, inputs, logits: logits.float() * 1e4)
+    try:
+        with evaluating(model):
+            own = model(input_ids=probe, use_cache=False).logits
+            ours = head(base(input_ids=probe, use_cache=False).last_hidden_state)
+    finally:
+        handle.remove()
+    difference = (own - ours).abs().max() / ours.abs().max()
+    if not difference <= 0.01:  # equal but for the order of sums, and not NaN
+        raise UsageError(
+            f"{type(model).__name__}: its logits are not its head's output (soft-capped or scaled: {difference:.1%} "
+            "away), so a loss on head and hidden states would be another model's"
+        )

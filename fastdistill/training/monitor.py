@@ -106,7 +106,8 @@ class Monitor:
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Held-out loss; `ppl` is exp of the loss as printed."""
         loss = f"{result.loss:.3f}"
-        self.write("eval", step, loss=result.loss, perplexity=perplexity(result.loss), tokens=result.tokens)
+        known = {name: value for name, value in vars(result).items() if value is not None}
+        self.write("eval", step, **known, perplexity=perplexity(result.loss))
         self.say(f"[Eval] loss: {loss}, ppl: {perplexity(float(loss)):.1f}")
         if step == 0:
             self.untrained_loss = result.loss

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdistill import layer_loss, linear_softmax_kl
+from fastdistill import layer_loss, linear_cross_vocab_kl, linear_softmax_kl
+from fastdistill.training.blocks import IGNORED, Batch, Inputs
 from fastdistill.training.config import Config, UsageError
 from fastdistill.training.models import captured_outputs, parts
+from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
 
 
 class TeacherStates(NamedTuple):
@@ -25,19 +27,35 @@ class TeacherStates(NamedTuple):
 
 
 class Teacher:
-    """A frozen model. It never learns, drops nothing out and makes no logits."""
+    """A frozen model. It never learns, drops nothing out and makes no logits.
 
-    def __init__(self, model: PreTrainedModel):
+    It computes where it is and in its own dtype; what it hands out is on `device`, the student's.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None):
         self.model = model.eval().requires_grad_(False)
         self.parts = parts(model)
+        self.device = device or model.device
+        head = self.parts.head
+        self.weight = head.weight.to(self.device)
+        self.bias = None if head.bias is None else head.bias.to(self.device)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, layers: Sequence[int] = ()) -> TeacherStates:
+    def __call__(self, inputs: Inputs, layers: Sequence[int] = ()) -> TeacherStates:
         """States for `[B, S]` ids of the teacher's own tokenizer; `layers` are block numbers."""
+        arguments = {name: value.to(self.model.device) for name, value in fed(inputs).items()}
         with captured_outputs(self.parts.blocks, layers) as outputs:
-            hidden = self.parts.base(input_ids=input_ids, use_cache=False).last_hidden_state
-        head = self.parts.head
-        return TeacherStates(hidden, head.weight, head.bias, [outputs[i] for i in layers])
+            hidden = self.parts.base(**arguments, use_cache=False).last_hidden_state
+        states = [outputs[i].to(self.device) for i in layers]
+        return TeacherStates(hidden.to(self.device), self.weight, self.bias, states)
+
+
+def fed(inputs: Inputs) -> dict[str, Tensor]:
+    """The arguments with which a base model reads `inputs`.
+
+    Padding is on the right, so there is no mask; positions that begin anew tell transformers where documents part.
+    """
+    return {name: value for name, value in inputs._asdict().items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -60,9 +78,12 @@ class Weights:
 
 
 class TokenCounts(NamedTuple):
-    """Divisors of one whole accumulation window: predicted tokens, and tokens whose states are compared."""
+    """Divisors of one whole accumulation window: tokens predicted, tokens compared with the teacher, and tokens whose
+    states are compared.
+    """
 
     targets: Tensor
+    compared: Tensor
     states: Tensor
 
 
@@ -88,6 +109,7 @@ class DistillationModule(nn.Module):
         temperature: float = 1.0,
         divergence: str = "forward_kl",
         layer_map: Sequence[tuple[int, int]] = (),
+        pairing: Pairing = ONE_TOKENIZER,
     ):
         """`layer_map` holds pairs (student block, teacher block), 0-based."""
         super().__init__()
@@ -95,60 +117,95 @@ class DistillationModule(nn.Module):
             raise UsageError(
                 "--layerwise-weight needs a layer map, which a student that is not built from the teacher lacks"
             )
-        self.student, self.weights = student, weights
+        self.student, self.weights, self.pairing = student, weights, pairing
         self.temperature, self.divergence, self.layer_map = temperature, divergence, tuple(layer_map)
         self.parts = [parts(student)]  # in a list: not registered a second time
+
+    @classmethod
+    def of(
+        cls, config: Config, student: PreTrainedModel, layer_map: Sequence[tuple[int, int]], pairing: Pairing
+    ) -> DistillationModule:
+        how = {"temperature": config.temperature, "divergence": config.divergence}
+        return cls(student, Weights.of(config), **how, layer_map=layer_map, pairing=pairing)
 
     @property
     def teacher_layers(self) -> list[int]:
         """Teacher blocks whose outputs `forward` wants."""
         return [teacher for _, teacher in self.layer_map] if self.weights.layerwise else []
 
-    def forward(self, batch: dict[str, Tensor], teacher: TeacherStates | None, counts: TokenCounts) -> Losses:
-        """Losses of `batch` (see `Blocks.batch`), each token-wise sum divided by the window's own count."""
-        base, blocks, head = self.parts[0].base, self.parts[0].blocks, self.parts[0].head
+    def forward(self, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts) -> Losses:
+        """Losses of `batch`, each token-wise sum divided by the window's own count."""
+        base, blocks = self.parts[0].base, self.parts[0].blocks
         student_layers = [student for student, _ in self.layer_map] if self.weights.layerwise else []
         with captured_outputs(blocks, student_layers) as outputs:
-            hidden = base(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+            hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
 
-        softmax = linear_softmax_kl(
-            hidden,
-            head.weight,
-            None if teacher is None else teacher.hidden,
-            None if teacher is None else teacher.weight,
-            batch["targets"],
-            student_bias=head.bias,
-            teacher_bias=None if teacher is None else teacher.bias,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            kl_weight=self.weights.kd,
-            ce_weight=self.weights.lm,
-            num_tokens=counts.targets,
-        )
-        total, raw = softmax.loss, {}
-        if self.weights.kd:
-            assert softmax.kl is not None
-            raw["kd"] = self.temperature**2 * softmax.kl
+        total, raw = self._softmax_losses(hidden, batch, teacher, counts)
         if self.weights.layerwise:
             assert teacher is not None
             states = [outputs[i] for i in student_layers]
             # Half of it is 1 - correlation: 0 when equal, 1 when unrelated, at any length and scale.
             layerwise = (
                 0.5
-                * layer_loss(
-                    states, teacher.layers, batch["mask"], normalize="layer_norm", num_tokens=counts.states
-                ).loss
+                * layer_loss(states, teacher.layers, batch.mask, normalize="layer_norm", num_tokens=counts.states).loss
             )
             total = total + self.weights.layerwise * layerwise
             raw["layerwise"] = layerwise.detach()
-        if self.weights.lm:
-            assert softmax.ce is not None
-            raw["lm"] = softmax.ce
         return Losses(total, raw)
 
+    def _softmax_losses(
+        self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What is made of the output heads: the weighted sum of `kd` and `lm`, and each unweighted."""
+        head, weights, pairing = self.parts[0].head, self.weights, self.pairing
+        total, raw = hidden.new_zeros((), dtype=torch.float32), {}
+        fused = teacher if weights.kd and pairing.is_one else None
+        if fused or weights.lm:
+            out = linear_softmax_kl(
+                hidden,
+                head.weight,
+                fused and fused.hidden,
+                fused and fused.weight,
+                batch.targets,
+                student_bias=head.bias,
+                teacher_bias=fused and fused.bias,
+                temperature=self.temperature,
+                divergence=self.divergence,
+                kl_weight=weights.kd if fused else 0.0,
+                ce_weight=weights.lm,
+                vocab_size=pairing.vocab_size if fused else None,
+                num_tokens=counts.targets,
+            )
+            total = out.loss
+            if out.kl is not None:
+                raw["kd"] = self.temperature**2 * out.kl
+            if weights.lm and out.ce is not None:
+                raw["lm"] = out.ce
+        if weights.kd and not fused:
+            assert teacher is not None
+            assert batch.pairs is not None
+            row, student_position, teacher_position = batch.pairs
+            crossed = linear_cross_vocab_kl(
+                hidden[row, student_position],
+                head.weight,
+                teacher.hidden[row, teacher_position],
+                teacher.weight,
+                pairing.shared_ids,
+                student_bias=head.bias,
+                teacher_bias=teacher.bias,
+                method=pairing.method,
+                temperature=self.temperature,
+                divergence=self.divergence,
+                num_tokens=counts.compared,
+            )
+            total = total + weights.kd * crossed.loss
+            raw["kd"] = crossed.loss.detach()
+        return total, raw
+
     @staticmethod
-    def count(batches: Sequence[dict[str, Tensor]]) -> TokenCounts:
+    def count(batches: Sequence[Batch]) -> TokenCounts:
         """Divisors of a window of micro-batches."""
-        targets = sum((batch["targets"] != -100).sum() for batch in batches)
-        states = sum(batch["mask"].sum() for batch in batches)
-        return TokenCounts(torch.as_tensor(targets), torch.as_tensor(states))
+        targets = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
+        states = torch.stack([batch.mask.sum() for batch in batches]).sum()
+        pairs = [len(batch.pairs.row) for batch in batches if batch.pairs is not None]
+        return TokenCounts(targets, torch.tensor(sum(pairs)).to(targets.device) if pairs else targets, states)

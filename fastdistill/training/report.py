@@ -50,10 +50,7 @@ def write(output: Path, config: Config, rows: Sequence[Row], *, seconds: float) 
         "# Teacher, untrained student and students side by side",
         table(rows),
         comparison(rows),
-        f"Held-out loss: mean cross-entropy in nats over all {rows[0].evaluation.tokens:,} held-out tokens, each "
-        f"predicted once from at most {config.seq_len - 1} before it; perplexity is its exp. KL(teacher || student) "
-        "and top-1 agreement with the teacher are at temperature 1. A best checkpoint is the one with the lowest "
-        "held-out loss: it is chosen on the text it is reported on.",
+        _protocol(config, rows),
         _text_seen(config),
         "![held-out loss](curves.png)",
         f"Recipe: {recipe(config)}. {seconds:.0f} s; " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
@@ -61,16 +58,37 @@ def write(output: Path, config: Config, rows: Sequence[Row], *, seconds: float) 
     (output / "report.md").write_text("\n\n".join(part for part in text if part) + "\n")
 
 
+def _protocol(config: Config, rows: Sequence[Row]) -> str:
+    """How the numbers in the table were measured."""
+    student = rows[-1].evaluation
+    before = "before it" if config.packing == "stream" else "before it in its document, whose first has none"
+    text = (
+        f"Held-out loss: mean cross-entropy in nats over {student.tokens:,} held-out tokens, each predicted once from "
+        f"at most {config.seq_len - 1} {before}; perplexity is its exp. KL(teacher || student) and top-1 agreement "
+        "with the teacher are at temperature 1. A best checkpoint is the one with the lowest held-out loss: it is "
+        "chosen on the text it is reported on."
+    )
+    if student.bits_per_byte is None or student.compared is None:
+        return text
+    return text + (
+        " Teacher and student have different tokenizers: loss and perplexity are per token of their own and cannot be "
+        f"compared between them, bits per byte can. KL and agreement are over {student.compared:,} positions, and over "
+        "the strings that both tokenizers have, the others taken together."
+    )
+
+
 def _text_seen(config: Config) -> str:
-    share = f"{config.data_share:.0%} of the training text, another part for each seed"
-    students = f"The students saw {share if config.data_share < 1 else 'all of the training text'}"
-    return students + ("; the teacher learned from all of it." if config.teacher == "demo" else ".")
+    share = f", {config.data_share:.0%} of its training part, drawn anew for each seed" if config.data_share < 1 else ""
+    teacher = "; the teacher learned from all of it" if config.teacher == "demo" else ""
+    return f"The students' text: {config.data}{share}{teacher}."
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown table of the rows."""
-    lines = ["| model | seed | step | held-out loss | perplexity | KL to teacher | top-1 agreement |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ["model", "seed", "step", "held-out loss", "perplexity", "KL to teacher", "top-1 agreement"]
+    if rows[0].evaluation.bits_per_byte is not None:
+        columns.append("bits per byte")
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
     for row in rows:
         e = row.evaluation
         cells = [
@@ -82,6 +100,8 @@ def table(rows: Sequence[Row]) -> str:
             "" if e.kl is None else f"{e.kl:.3f}",
             "" if e.top1_agreement is None else f"{e.top1_agreement:.1%}",
         ]
+        if e.bits_per_byte is not None:
+            cells.append(f"{e.bits_per_byte:.3f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -125,8 +145,9 @@ def plot(output: Path, config: Config, rows: Sequence[Row]) -> None:
             first = log.parent.parent.name == f"seed-{config.seed}"
             label = recipe_name.replace("ce-only", "cross-entropy only") if first else None
             left.plot([r["step"] for r in records], [r["loss"] for r in records], color=color, label=label, marker=".")
-    teacher = rows[0].evaluation.loss
-    left.axhline(teacher, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher:.3f}")
+    teacher = rows[0].evaluation
+    if teacher.bits_per_byte is None:  # with another tokenizer its nats a token are of other tokens
+        left.axhline(teacher.loss, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher.loss:.3f}")
     left.set(xlabel="optimizer step", ylabel="nats a token", title="held-out loss")
     left.legend()
 

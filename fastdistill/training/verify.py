@@ -74,23 +74,25 @@ def code_structure() -> list[str]:
 def _training() -> list[str]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    from fastdistill.training.blocks import collate, cut
     from fastdistill.training.config import Config
-    from fastdistill.training.data import Blocks
     from fastdistill.training.engine import make_optimizer
     from fastdistill.training.evaluate import evaluate, perplexity
     from fastdistill.training.guard import FirstStepGuard
     from fastdistill.training.objective import DistillationModule, Teacher, Weights
+    from fastdistill.training.tokens import Tokens
 
     torch.manual_seed(0)
     shape = GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     student, teacher = GPT2LMHeadModel(shape), Teacher(GPT2LMHeadModel(shape))
-    blocks = Blocks(torch.randint(0, 50, (4, 16)), torch.ones(4, 16, dtype=torch.bool))
+    tokens = Tokens(torch.randint(0, 50, (64,), dtype=torch.int32), torch.arange(0, 65, 16), None, None)
+    blocks = cut((tokens,), 16, "padded")
     module = DistillationModule(student, Weights(kd=0.5, lm=0.5, layerwise=0.5), layer_map=[(0, 0), (1, 1)])
     optimizer, guard = make_optimizer(module, Config(lr=1e-2)), FirstStepGuard()
-    batch = blocks.batch(torch.arange(4), torch.device("cpu"))
+    batch = collate([blocks[i] for i in range(4)], torch.device("cpu"))
     counts, totals, raw = module.count([batch]), [], {}
     for _ in range(20):
-        total, raw = module(batch, teacher(batch["input_ids"], module.teacher_layers), counts)
+        total, raw = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
         total.backward()
         guard.before_step(module)
         optimizer.step()
@@ -104,7 +106,8 @@ def _training() -> list[str]:
         student.save_pretrained(folder)
         again = GPT2LMHeadModel.from_pretrained(Path(folder))
     loss = evaluate(again, blocks, batch_size=2).loss
-    own = again(input_ids=blocks.ids, labels=blocks.ids).loss.item()
+    ids = batch.student.input_ids
+    own = again(input_ids=ids, labels=ids).loss.item()
     return [
         f"20 steps on one batch: loss {totals[0]:.3f} to {totals[-1]:.3f}, weights moved at the first",
         _equal("weighted components sum to the total", weighted, totals[-1]),

@@ -21,6 +21,12 @@ def test_without_arguments_it_is_the_demo():
     assert parse([]) == parse(["--preset", "demo"])
 
 
+def test_a_teacher_of_ones_own_is_not_distilled_as_the_demo():
+    config = parse(["--teacher", "some/model", "--lr", "1e-4"])
+    assert config == Config(teacher="some/model", lr=1e-4)
+    assert parse(["--preset", "demo", "--teacher", "some/model"]).max_steps == PRESETS["demo"]["max_steps"]
+
+
 def test_every_field_is_a_flag(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])

@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastdistill.training.models import build_student, kept_layers, load
+from fastdistill.training.loading import load
 from fastdistill.training.objective import DistillationModule, Losses
+from fastdistill.training.student import build_student, kept_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = Path("seed-0/distilled")
@@ -75,6 +76,44 @@ def test_resuming_from_an_older_checkpoint_writes_the_log_once(run, records):
     for file in newest.iterdir():
         file.unlink()
     assert_same_run(run("killed", resume=True), whole, records)
+
+
+def test_a_resumed_run_has_the_student_that_it_began_with(run, monkeypatch):
+    flags = {"student_layers": "importance:2", "max_steps": 4}
+    whole = run("whole", **flags)
+    layers = json.loads((whole / "student_layers.json").read_text())
+    assert len(layers) == 2
+    run("stopped", stop_at=2, **flags)
+
+    def measure(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("fastdistill.training.student.layer_importance", measure)
+    stopped = run("stopped", resume=True)
+    assert json.loads((stopped / "student_layers.json").read_text()) == layers
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(stopped).items())
+
+
+@pytest.mark.parametrize("packing", ["stream", "padded"])
+def test_other_packings_train_and_go_on(run, packing):
+    flags = {"packing": packing, "max_steps": 4, "grad_accum": 2}
+    whole = run("whole", **flags)
+    run("stopped", stop_at=2, **flags)
+    stopped = run("stopped", resume=True)
+    assert (whole / STAGE / "result.json").read_text() == (stopped / STAGE / "result.json").read_text()
+
+
+def test_a_stream_trains_and_goes_on(run, tmp_path, monkeypatch):
+    rows = [{"text": f"the student {'reads the next token of ' * (i % 7 + 1)} {i}"} for i in range(400)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("fastdistill.training.data.PORTION_CHARACTERS", 2000)
+    flags = {"data": tmp_path / "rows.jsonl", "streaming": True, "max_steps": 30}
+    whole = run("whole", **flags)
+    run("stopped", stop_at=17, **flags)
+    state = json.loads((max((tmp_path / "stopped" / STAGE / "checkpoints").iterdir()) / "state.json").read_text())
+    assert state["walk"]["number"] > 0  # past the first portion
+    stopped = run("stopped", resume=True)
+    assert (whole / STAGE / "result.json").read_text() == (stopped / STAGE / "result.json").read_text()
 
 
 def test_a_finished_run_resumes_to_the_same_report(run):
@@ -178,7 +217,7 @@ def test_the_demo_teacher_is_trained_once(run, tmp_path, monkeypatch, capsys):
     assert "teacher: the one trained before" in capsys.readouterr().out
     run("other", **demo | {"teacher_steps": 3})
     assert "teacher: 3 steps on all of the text, once" in capsys.readouterr().out
-    cached = sorted((tmp_path / "cache").iterdir())
+    cached = sorted((tmp_path / "cache").glob("teacher-*"))
     assert len(cached) == 2
     for folder in cached:
         (folder / "model.safetensors").write_bytes(b"damaged")

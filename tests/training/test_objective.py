@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fastdistill.training.blocks import Batch, Blocks, Inputs, collate, cut
 from fastdistill.training.config import UsageError
-from fastdistill.training.data import Blocks
 from fastdistill.training.evaluate import evaluate, perplexity
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.tokens import Tokens
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = dict(vocab_size=40, n_positions=10, n_embd=16, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -25,9 +26,14 @@ def model(layers: int, seed: int) -> GPT2LMHeadModel:
 
 @pytest.fixture
 def blocks() -> Blocks:
+    """Six documents, each a row."""
     torch.manual_seed(2)
-    mask = torch.arange(10).expand(6, 10) < torch.tensor([10, 10, 10, 10, 3, 7])[:, None]
-    return Blocks(torch.randint(40, (6, 10)), mask)
+    starts = torch.tensor([0, 10, 10, 10, 10, 3, 7]).cumsum(0)
+    return cut((Tokens(torch.randint(40, (50,), dtype=torch.int32), starts, None, None),), 10, "padded")
+
+
+def batch_of(blocks: Blocks, rows=range(6)) -> Batch:
+    return collate([blocks[i] for i in rows], CPU)
 
 
 @pytest.fixture
@@ -40,21 +46,21 @@ def test_each_component_is_its_definition_on_whole_logits(blocks, teacher):
     module = DistillationModule(
         student, Weights(kd=0.3, lm=0.6, layerwise=0.1), temperature=3.0, layer_map=[(0, 1), (1, 3)]
     )
-    batch = blocks.batch(torch.arange(6), CPU)
-    losses = module(batch, teacher(batch["input_ids"], module.teacher_layers), module.count([batch]))
+    batch = batch_of(blocks)
+    losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
 
     with torch.no_grad():
-        s = student(input_ids=batch["input_ids"], output_hidden_states=True)
-        t = teacher.model(input_ids=batch["input_ids"], output_hidden_states=True)
-    counted = batch["targets"] != -100
+        s = student(input_ids=batch.student.input_ids, output_hidden_states=True)
+        t = teacher.model(input_ids=batch.student.input_ids, output_hidden_states=True)
+    counted = batch.targets != -100
     s_logits, t_logits = s.logits[counted], t.logits[counted]
     kl = F.kl_div((s_logits / 3).log_softmax(-1), (t_logits / 3).log_softmax(-1), reduction="none", log_target=True)
-    raw = {"kd": 9 * kl.sum(-1).mean(), "lm": F.cross_entropy(s_logits, batch["targets"][counted])}
+    raw = {"kd": 9 * kl.sum(-1).mean(), "lm": F.cross_entropy(s_logits, batch.targets[counted])}
     # hidden_states of a GPT-2 end with the final norm, so its last block's output is read through a hook.
-    t_last = teacher(batch["input_ids"], [1, 3]).layers
-    s_last = Teacher(model(2, seed=0))(batch["input_ids"], [0, 1]).layers
+    t_last = teacher(batch.teacher, [1, 3]).layers
+    s_last = Teacher(model(2, seed=0))(batch.teacher, [0, 1]).layers
     distances = [
-        (F.layer_norm(a, (16,)) - F.layer_norm(b, (16,))).square().mean(-1)[batch["mask"]].mean()
+        (F.layer_norm(a, (16,)) - F.layer_norm(b, (16,))).square().mean(-1)[batch.mask].mean()
         for a, b in zip(s_last, t_last, strict=True)
     ]
     raw["layerwise"] = 0.5 * torch.stack(distances).mean()
@@ -65,16 +71,16 @@ def test_each_component_is_its_definition_on_whole_logits(blocks, teacher):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_of_a_window_add_up_to_the_window(blocks, teacher, size):
-    def gradients(rows: tuple[torch.Tensor, ...]) -> list[torch.Tensor | None]:
+    def gradients(rows: list[range]) -> list[torch.Tensor | None]:
         module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layer_map=[(0, 1), (1, 3)])
-        batches = [blocks.batch(part, CPU) for part in rows]
+        batches = [batch_of(blocks, part) for part in rows]
         counts = module.count(batches)
         for batch in batches:
-            module(batch, teacher(batch["input_ids"], module.teacher_layers), counts).total.backward()
+            module(batch, teacher(batch.teacher, module.teacher_layers), counts).total.backward()
         return [parameter.grad for parameter in module.parameters()]
 
-    everything = torch.arange(6)
-    for whole, summed in zip(gradients((everything,)), gradients(everything.split(size)), strict=True):
+    pieces = [range(first, first + size) for first in range(0, 6, size)]
+    for whole, summed in zip(gradients([range(6)]), gradients(pieces), strict=True):
         torch.testing.assert_close(summed, whole, rtol=1e-4, atol=1e-7)
 
 
@@ -82,14 +88,30 @@ def test_padding_changes_nothing(blocks, teacher):
     module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layer_map=[(0, 1), (1, 3)])
     totals = []
     for filler in (0, 39):
-        batch = Blocks(blocks.ids.masked_fill(~blocks.mask, filler), blocks.mask).batch(torch.arange(6), CPU)
-        totals.append(module(batch, teacher(batch["input_ids"], [1, 3]), module.count([batch])).total)
+        batch = batch_of(blocks)
+        ids = Inputs(batch.student.input_ids.masked_fill(~batch.mask, filler), None)
+        batch = batch._replace(student=ids, teacher=ids)
+        totals.append(module(batch, teacher(batch.teacher, [1, 3]), module.count([batch])).total)
     assert torch.equal(*totals)
+
+
+def test_documents_in_a_row_do_not_see_each_other(teacher):
+    """Each is what it is in a row of its own; in a stream it is not."""
+    starts = torch.tensor([0, 4, 3, 3, 10]).cumsum(0)
+    tokens = Tokens(torch.randint(40, (20,), dtype=torch.int32), starts, None, None)
+    module = DistillationModule(model(2, seed=0), Weights(kd=0.5, lm=0.5, layerwise=0))
+    totals = {}
+    for packing in ("documents", "padded", "stream"):
+        blocks = cut((tokens,), 10, packing)
+        batch = batch_of(blocks, range(len(blocks)))
+        totals[packing] = module(batch, teacher(batch.teacher), module.count([batch])).total
+    torch.testing.assert_close(totals["documents"], totals["padded"])
+    assert abs(totals["stream"] - totals["padded"]) > 1e-3
 
 
 def test_a_component_of_weight_0_is_not_built(blocks):
     module = DistillationModule(model(2, seed=0), Weights(kd=0, lm=1, layerwise=0), layer_map=[(0, 1)])
-    batch = blocks.batch(torch.arange(6), CPU)
+    batch = batch_of(blocks)
     assert module.teacher_layers == []
     assert set(module(batch, None, module.count([batch])).raw) == {"lm"}
 
@@ -101,8 +123,9 @@ def test_a_layerwise_loss_needs_a_map():
 
 def test_held_out_loss_is_the_models_own(blocks):
     student = model(2, seed=0)
-    labels = blocks.ids.masked_fill(~blocks.mask, -100)
-    expected = student(input_ids=blocks.ids, labels=labels).loss.item()
+    batch = batch_of(blocks)
+    ids = batch.student.input_ids
+    expected = student(input_ids=ids, labels=ids.masked_fill(~batch.mask, -100)).loss.item()
     result = evaluate(student, blocks, batch_size=4)
     assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.tokens == 36 + 2 + 6
