@@ -19,9 +19,12 @@ import pytest
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is installed on Linux x86_64 alone")
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSSES = ["tests/test_softmax_kl.py", "tests/test_linear_softmax_kl.py"]
+LOSSES = ["tests/test_softmax_kl.py", "tests/test_linear_softmax_kl.py", "tests/test_cross_vocab.py"]
 PARITY = [f"{LOSSES[0]}::test_every_{what}_matches_the_definition" for what in ("keyword", "vocabulary_size_and_dtype")]
-LINEAR_PARITY = [f"{LOSSES[1]}::test_every_keyword_matches_the_definition"]
+LINEAR_PARITY = [
+    f"{LOSSES[1]}::test_every_keyword_matches_the_definition",
+    f"{LOSSES[2]}::test_shared_matches_the_definition",
+]
 KERNELS = ["tests/kernels", "bench/test_gpu_softmax_kl.py"]
 COMPILED = ["tests/ptx/test_triton_kernels.py", "tests/ptx/test_softmax_kl_traffic.py"]
 

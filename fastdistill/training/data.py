@@ -124,8 +124,5 @@ def prepare(sources: Sequence[Source], cutter: Cutter) -> tuple[TrainingText, Bl
         )
     else:
         parts = [s.train if isinstance(s.train, DocumentStream) else cutter(s.train, s.fingerprint) for s in sources]
-    training = TrainingText(parts, shares or [1.0], cutter)
     held_out = cutter(list(chain.from_iterable(s.held_out for s in sources)), f"held out of {fingerprints}")
-    if not held_out.num_targets() or (not streams and not training.num_targets()):
-        raise UsageError("--data: there is nothing to predict in so little text")
-    return training, held_out
+    return TrainingText(parts, shares or [1.0], cutter), held_out

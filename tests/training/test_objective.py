@@ -13,6 +13,7 @@ from fastdistill.training.blocks import Batch, Blocks, Inputs, collate, cut
 from fastdistill.training.config import UsageError
 from fastdistill.training.evaluate import evaluate, perplexity
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.pairing import Pairing
 from fastdistill.training.tokens import Tokens
 
 CPU = torch.device("cpu")
@@ -67,6 +68,22 @@ def test_each_component_is_its_definition_on_whole_logits(blocks, teacher):
     for name, expected in raw.items():
         torch.testing.assert_close(losses.raw[name], expected)
     torch.testing.assert_close(losses.total, 0.3 * raw["kd"] + 0.6 * raw["lm"] + 0.1 * raw["layerwise"])
+
+
+def test_ids_above_the_tokenizers_are_padding_of_the_heads_and_not_compared(blocks, teacher):
+    pairing = Pairing((), "30 ids", vocab_size=30)
+    student, batch = model(2, seed=0), batch_of(blocks)
+    module = DistillationModule(student, Weights(kd=1.0, lm=0, layerwise=0), pairing=pairing)
+    losses = module(batch, teacher(batch.teacher), module.count([batch]))
+    counted = batch.targets != -100
+    with torch.no_grad():
+        log_s, log_t = (
+            m(input_ids=batch.student.input_ids).logits[counted][:, :30].log_softmax(-1)
+            for m in (student, teacher.model)
+        )
+    expected = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1).mean()
+    torch.testing.assert_close(losses.raw["kd"], expected)
+    assert evaluate(student, blocks, pairing, batch_size=4, teacher=teacher).kl == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
