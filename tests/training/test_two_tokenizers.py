@@ -117,6 +117,29 @@ def test_the_divergence_is_that_of_whole_softmaxes_at_the_same_text(text_file):
     torch.testing.assert_close(losses.total, 0.7 * losses.raw["kd"] + 0.3 * losses.raw["lm"])
 
 
+@pytest.mark.parametrize("align", ["bytes", "cut"])
+def test_what_is_evaluated_is_what_is_trained(text_file, align):
+    texts = text_file.read_text().split("\n\n")
+    tokenizers = [train_tokenizer(texts, size) for size in (280, 300)]
+    pairing = pair(tokenizers[0], tokenizers[1], Config(align=align), CPU)
+    blocks = cut(tuple(tokenize(texts[:3], each, with_ends=True) for each in tokenizers), 16, "padded")
+    batch = collate([blocks[i] for i in range(len(blocks))], CPU, align=align)
+    student, teacher = model(280), Teacher(model(300, layers=3, seed=1))
+    module = DistillationModule(student, Weights(kd=1.0, lm=0, layerwise=0), pairing=pairing)
+    trained = module(batch, teacher(batch.teacher), module.count([batch])).raw["kd"].item()
+    assert evaluate(student, blocks, pairing, batch_size=4, teacher=teacher).kl == pytest.approx(trained, rel=1e-4)
+
+
+def test_of_tokenizers_that_differ_in_added_tokens_the_smaller_cuts_the_text(text_file):
+    texts = text_file.read_text().split("\n\n")
+    small, large = train_tokenizer(texts, 280), train_tokenizer(texts, 280)
+    large.add_tokens(["<think>"])
+    for student, teacher in ((small, large), (large, small)):
+        pairing = pair(student, teacher, Config(), CPU)
+        assert pairing.tokenizers == (small,)
+        assert pairing.vocab_size == 280
+
+
 def test_168_against_160_positions_train_and_are_evaluated():
     """The founding run's lengths: eight of the student's tokens end where none of the teacher's does."""
     torch.manual_seed(0)
