@@ -71,6 +71,30 @@ def check_teacher_is_constant(name: str, teacher: Tensor | None) -> None:
         )
 
 
+def check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """Check one model's hidden states and head; return its vocabulary size."""
+    layout = "[B, S, D] or [N, D]"
+    check_float_tensor(f"{model}_hidden", hidden, (2, 3), layout)
+    check_float_tensor(f"{model}_weight", weight, (2,), "[V, D]")
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"{model}_weight must be a whole tensor, got a DTensor, sharded over processes: call this inside the "
+            "forward of a module that fully_shard wraps, and leave the head to that module's own group"
+        )
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{model}_weight must be [V, D] with the D = {hidden.shape[-1]} of {model}_hidden, "
+            f"got {tuple(weight.shape)}"
+        )
+    check_device(f"{model}_weight", weight, hidden)
+    if bias is not None:
+        check_float_tensor(f"{model}_bias", bias, (1,), "[V]")
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"{model}_bias must be [V] with V = {weight.shape[0]}, got {tuple(bias.shape)}")
+        check_device(f"{model}_bias", bias, hidden)
+    return weight.shape[0]
+
+
 def check_targets(targets: Any, leading: tuple[int, ...], beside: Tensor, ignore_index: int, vocab: int) -> None:
     """Integer targets of shape `leading`, each `ignore_index` or within the student's vocabulary."""
     if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):

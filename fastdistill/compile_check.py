@@ -225,7 +225,7 @@ def _compile_case(log: Path, job: Job) -> list[Result]:
         broken.append(Result(_kernel_that_raised(error), job, [reason]))
     results = []
     for launch in launches.values():
-        code = measure(launch, job.arch, case.streams * dtype.itemsize)
+        code = measure(launch, job.arch, case.streams * (case.stream_dtype or dtype).itemsize)
         results.append(Result(launch.name, job, judge(code, _in_dtype(case.budget.get(launch.name), job.dtype)), code))
     if not broken:
         strangers = sorted(case.budget.keys() - {result.kernel for result in results})

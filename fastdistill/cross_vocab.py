@@ -14,10 +14,11 @@ from torch import Tensor
 from fastdistill import checks
 from fastdistill.align import mean
 from fastdistill.backend import choose_impl
-from fastdistill.differentiation import first_derivative_only, full_precision
-from fastdistill.fused_linear import MAX_CHUNK_BYTES, Gradients, Head, check_head, scaled_gradients
+from fastdistill.differentiation import first_derivative_only, full_precision, spend
+from fastdistill.heads import MAX_CHUNK_BYTES, Gradients, Head, scaled
 from fastdistill.losses import count_tokens, softmax_kl
 from fastdistill.outputs import CrossVocabOutput
+from fastdistill.products import Precision
 from fastdistill.reference import compute_dtype
 from fastdistill.rows import token_rows
 
@@ -98,8 +99,8 @@ def linear_cross_vocab_kl(
     """
     for name, hidden in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
         checks.check_float_tensor(name, hidden, (2,), "[N, D]")
-    student_vocab = check_head("student", student_hidden, student_weight, student_bias)
-    teacher_vocab = check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    student_vocab = checks.check_head("student", student_hidden, student_weight, student_bias)
+    teacher_vocab = checks.check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     checks.check_pair("student_hidden", student_hidden, "teacher_hidden", teacher_hidden)
     for name, tensor in (("hidden", teacher_hidden), ("weight", teacher_weight), ("bias", teacher_bias)):
         checks.check_teacher_is_constant(f"teacher_{name}", tensor)
@@ -253,9 +254,9 @@ class _CrossVocabSum(torch.autograd.Function):
         needs = tuple(grad_mode and needed for needed in ctx.needs_input_grad[:3])
         dtype = compute_dtype(inputs[0])
         with full_precision(inputs[0]):
-            student = Head(*inputs[:3], vocab=len(inputs[1]), dtype=dtype)
-            teacher = Head(*inputs[3:], vocab=len(inputs[4]), dtype=dtype)
-            gradients = Gradients(inputs[0], student, needs)
+            student = Head(*inputs[:3], vocab=len(inputs[1]), precision=Precision(dtype, dtype))
+            teacher = Head(*inputs[3:], vocab=len(inputs[4]), precision=Precision(dtype, dtype))
+            gradients = Gradients(student, needs, dtype)
             student_buffer, teacher_buffer = (
                 head.weight.new_empty(min(len(rows), chunk_size), len(head.weight)) for head in (student, teacher)
             )
@@ -282,4 +283,8 @@ class _CrossVocabSum(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx, dloss, *_):
-        return *scaled_gradients(ctx, "linear_cross_vocab_kl", dloss), *(None,) * 8
+        spend(ctx, "linear_cross_vocab_kl")
+        gradients, ctx.gradients = ctx.gradients, None
+        made = (gradients.hidden, gradients.weight, gradients.bias)
+        made = (None if x is None else scaled(x, dloss, dtype) for x, dtype in zip(made, ctx.dtypes, strict=True))
+        return *made, *(None,) * 8

@@ -1,4 +1,4 @@
-"""What the hand-written gradients share: they are made outside autocast, and once."""
+"""What the hand-written gradients share: they are made outside autocast, once, and of the first order alone."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
         return once(ctx, *gradients)
 
     return refusing
+
+
+def spend(ctx: Any, operation: str) -> None:
+    """Refuse the second backward of an operation whose gradients were made in forward."""
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            f"{operation} can be differentiated once: its gradients were made in forward and scaled in place by the "
+            "first backward. Call it again for a second one"
+        )
+    ctx.spent = True

@@ -130,7 +130,7 @@ def _softmax_kl_triton(
         prepared.targets is not None and is_on(options.ce_weight),
         inplace_backward,
     )
-    return prepared.output_of_all(terms, has_teacher=teacher_logits is not None)
+    return prepared.output_of(terms, has_teacher=teacher_logits is not None)
 
 
 def _with_unit_stride(logits: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class Prepared:
         return token_rows(self.weights, self.targets, drop_uncounted=drop_uncounted)
 
     def output(self, terms: TokenTerms, rows: TokenRows) -> LossOutput:
-        """Reduce weighted terms of the tokens in `rows`; `loss` may come summed already."""
+        """Reduce weighted terms of the tokens in `rows`."""
 
         def reduce(term: Tensor) -> Tensor:
             if self.reduction == "none":
@@ -188,16 +188,15 @@ class Prepared:
             invalid_targets=self.invalid_targets,
         )
 
-    def output_of_all(self, terms: Tensor, *, has_teacher: bool) -> LossOutput:
-        """Reduce the weighted terms `[6, N]`, in the order of `LossOutput`, of every token that is compared."""
+    def output_of(self, terms: Tensor, *, has_teacher: bool) -> LossOutput:
+        """Reduce weighted terms, in the order of `LossOutput`, of all compared tokens: `[6, N]`, or summed, `[6]`."""
         if self.reduction == "none":
-            terms = terms.view(-1, *self.weights.shape)
+            terms = terms.view(len(terms), *self.weights.shape)
             if self.weights.shape != self.leading:
                 terms = torch.nn.functional.pad(terms, (0, self.leading[1] - self.weights.shape[1]))
-        elif self.reduction == "sum":
-            terms = terms.sum(1)
         else:
-            terms = mean(terms.sum(1), self.num_tokens)
+            terms = terms if terms.ndim == 1 else terms.sum(1)
+            terms = mean(terms, self.num_tokens) if self.reduction == "mean" else terms
         has_metrics = has_teacher and self.options.metrics
         reported = (has_teacher, self.targets is not None, has_metrics, has_metrics, has_metrics)
         loss, *values = terms.unbind()

@@ -38,7 +38,7 @@ class SoftmaxKLOptions:
 
     temperature: float | Tensor
     divergence: str
-    jsd_beta: float
+    jsd_beta: float | Tensor
     kl_weight: float | Tensor
     ce_weight: float | Tensor
     temperature_squared: bool
@@ -133,7 +133,7 @@ def _weigh_(term: Tensor, weight: float | Tensor) -> Tensor:
 # respect to the student's.
 
 
-def _forward_kl(z_s: Tensor, z_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     p_t = z_t.softmax(-1)
     log_s, log_t = _log_softmax_(z_s), _log_softmax_(z_t)
     needs_care = _may_hold_neg_inf(log_s, log_t)
@@ -143,7 +143,7 @@ def _forward_kl(z_s: Tensor, z_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return torch.linalg.vecdot(p_t, log_ratio), log_s.exp_().sub_(p_t)
 
 
-def _reverse_kl(z_s: Tensor, z_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     p_s = z_s.softmax(-1)
     log_s, log_t = _log_softmax_(z_s), _log_softmax_(z_t)
     infinite = None
@@ -158,7 +158,7 @@ def _reverse_kl(z_s: Tensor, z_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     return mean if infinite is None else mean.masked_fill(infinite, torch.inf), gradient
 
 
-def _jsd(z_s: Tensor, z_t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def _jsd(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
     p_s, p_t = z_s.softmax(-1), z_t.softmax(-1)
     log_s, log_t = _log_softmax_(z_s), _log_softmax_(z_t)
     absent = torch.isneginf(log_s) & torch.isneginf(log_t) if _may_hold_neg_inf(log_s, log_t) else None

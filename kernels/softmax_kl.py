@@ -391,33 +391,35 @@ def softmax_kl_one_launch(
 
 def _launch_on_meta(
     dtype: torch.dtype, divergence: str | None, *, targets: bool, metrics: bool, power: int, rows: int, vocab: int,
-    shared_vocab: int, one_launch: bool,
+    shared_vocab: int, one_launch: bool, logits_dtype: torch.dtype | None,
 ) -> None:
-    student = torch.empty(rows, vocab, dtype=dtype, device="meta")
-    teacher = None if divergence is None else torch.empty(rows, shared_vocab, dtype=dtype, device="meta")
+    student = torch.empty(rows, vocab, dtype=logits_dtype or dtype, device="meta")
+    teacher = None if divergence is None else torch.empty(rows, shared_vocab, dtype=student.dtype, device="meta")
+    grad = student if logits_dtype is None else torch.empty(rows, vocab, dtype=dtype, device="meta")
     labels = torch.empty(rows, dtype=torch.int64, device="meta") if targets else None
     weights, scalars = torch.empty(rows, device="meta"), torch.empty(4, device="meta")
     form = {"divergence": divergence or "forward_kl", "shared_vocab": shared_vocab, "power": power}
     if one_launch:
         softmax_kl_one_launch(
-            weights, student, teacher, labels, weights, scalars, student, **form, metrics=metrics, kl_in_loss=True,
+            weights, student, teacher, labels, weights, scalars, grad, **form, metrics=metrics, kl_in_loss=True,
             ce_in_loss=True,
         )
     else:
         _, saved = softmax_kl_stats(student, teacher, labels, weights, scalars, **form, metrics=metrics)
-        softmax_kl_grad(weights, student, teacher, labels, weights, scalars, saved, student, **form)
+        softmax_kl_grad(weights, student, teacher, labels, weights, scalars, saved, grad, **form)
 
 
 def _case(
     name: str, divergence: str | None, *, targets: bool = False, metrics: bool = False, power: int = 1,
     rows: int = 8192, vocab: int = 50257, shared_vocab: int = 50257, one_launch: bool = False,
-    budget: dict[str, float | dict[str, float]] | None = None,
+    logits_dtype: torch.dtype | None = None, budget: dict[str, float | dict[str, float]] | None = None,
 ) -> CompileCase:
     launch = partial(
         _launch_on_meta, divergence=divergence, targets=targets, metrics=metrics, power=power, rows=rows, vocab=vocab,
-        shared_vocab=shared_vocab, one_launch=one_launch,
+        shared_vocab=shared_vocab, one_launch=one_launch, logits_dtype=logits_dtype,
     )
-    return CompileCase(name, launch, streams=1 if divergence is None else 2, budget=budget or {})
+    streams = 1 if divergence is None else 2
+    return CompileCase(name, launch, streams=streams, stream_dtype=logits_dtype, budget=budget or {})
 
 
 def _budget(stats: float, grad: float) -> dict[str, float | dict[str, float]]:
@@ -448,4 +450,12 @@ COMPILE_CASES = [
     _case("jsd, few rows", "jsd", rows=4),
     _case("forward_kl + ce, one launch", "forward_kl", targets=True, one_launch=True),
     _case("jsd + ce + metrics, any T, one launch", "jsd", targets=True, metrics=True, power=0, one_launch=True),
+    _case(
+        "forward_kl + ce, one launch, float32 logits", "forward_kl", targets=True, vocab=50304, shared_vocab=50304,
+        one_launch=True, logits_dtype=torch.float32,
+    ),
+    _case(
+        "jsd + ce + metrics, any T, one launch, float32 logits", "jsd", targets=True, metrics=True, power=0,
+        one_launch=True, logits_dtype=torch.float32,
+    ),
 ]

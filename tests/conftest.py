@@ -22,5 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = (
             item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
         )
-        if "triton" in parameters and torch.bfloat16 in parameters:
+        of_a_kernel = "triton" in parameters or "kernels" in item.path.parts
+        if of_a_kernel and torch.bfloat16 in parameters:
             item.add_marker(truncates)

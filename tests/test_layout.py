@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-KNOW_KERNELS = {f"fastdistill/{name}.py" for name in ("losses", "fused_linear", "ops", "compile_check")}
+KNOW_KERNELS = {f"fastdistill/{name}.py" for name in ("losses", "linear_chunks", "ops", "compile_check")}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 TRAINING_LIBRARIES = {"transformers", "datasets", "accelerate"}
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,12 @@ linear_step = partial(differentiate, linear_softmax_kl, wrt=("student_hidden", "
 small_chunk_step = partial(
     differentiate, partial(linear_softmax_kl, max_chunk_bytes=8 * MB), wrt=("student_hidden", "student_weight")
 )
+
+
+def kept_losses(arguments: dict[str, Any]) -> list[Any]:
+    return [linear_step(arguments)[0] for _ in range(20)]
+
+
 layer_loss_step = partial(differentiate, layer_loss, wrt=("student_states",))
 
 
@@ -35,6 +42,13 @@ def test_scratch_of_the_fused_head_does_not_grow_with_the_tokens():
         peak_memory(partial(random_heads, tokens, vocab=4096, width=16), small_chunk_step) for tokens in (512, 4096)
     )
     assert many - few < 10 * MB  # one model's logits grow by 59 MB
+
+
+def test_a_loss_that_was_differentiated_does_not_keep_its_gradients():
+    vocab, width = 16384, 128
+    few = peak_memory(partial(random_heads, 64, vocab=vocab, width=width), linear_step)
+    many = peak_memory(partial(random_heads, 64, vocab=vocab, width=width), kept_losses)
+    assert many - few < 2 * 4 * vocab * width  # those of twenty heads are 168 MB
 
 
 @pytest.mark.parametrize(

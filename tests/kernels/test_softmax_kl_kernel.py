@@ -205,3 +205,39 @@ def test_the_first_of_equal_logits_is_found_across_a_rows_ragged_ends(monkeypatc
         for student, teacher in ((one, both), (both, one)):
             output = softmax_kl(student, teacher, metrics=True, reduction="sum", impl="triton")
             assert output.top1_agreement == rows
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padding", [0, 5])  # rows of another length beside each other, and aligned ones
+def test_the_gradient_of_float32_logits_may_come_in_a_half_precision(padding, half, ce_weight):
+    """It is what float32 would be, rounded once; the logits stay."""
+    rows, vocab = 5, 4099
+    student, teacher = random_logits(rows, vocab).values()
+    logits = student.clone()
+    weights, dloss = random_mask(rows, dtype=torch.float32), 256 * random_normal(rows)
+    scalars = torch.tensor([2.0, 4.0, ce_weight, 0.5], device=DEVICE)
+
+    def launch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        gradient = torch.full((rows, vocab + padding), torch.nan, dtype=dtype, device=DEVICE)[:, :vocab]
+        values, _ = kernels.softmax_kl_one_launch(
+            dloss,
+            student,
+            teacher,
+            random_targets(rows, vocab=vocab, ignored=0),
+            weights,
+            scalars,
+            gradient,
+            divergence="forward_kl",
+            shared_vocab=vocab,
+            metrics=False,
+            power=2,
+            kl_in_loss=True,
+            ce_in_loss=ce_weight != 0,
+        )
+        return values, gradient
+
+    (values, gradient), (full_values, full_gradient) = launch(half), launch(torch.float32)
+    assert torch.equal(values, full_values)
+    assert torch.equal(gradient, full_gradient.to(half))
+    assert torch.equal(student, logits)
