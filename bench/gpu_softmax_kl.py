@@ -10,12 +10,10 @@ of a copy of the same size is measured beside them. Peak memory is what a step n
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdistill
-from bench.machine import machine
+from bench.gpu import copy_rate, main, median_ms, peak_bytes
 from fastdistill import reference
 from fastdistill.testing import random_normal, random_targets, relative_error
 
@@ -100,58 +98,29 @@ def errors(step: Step, student: Tensor, teacher: Tensor, targets: Tensor) -> tup
     return abs(loss.item() - truth) / truth, relative_error(gradient[:256], true_gradient[:256])
 
 
-def measure(step: Step, pairs: int, itemsize: int) -> dict[str, float]:
-    from triton.testing import do_bench
-
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    peak = torch.cuda.max_memory_allocated() - before - pairs * itemsize
-    ms: Any = do_bench(step, warmup=100, rep=500, return_mode="median")
-    return {
-        "ms": ms,
-        "gb_per_s_floor": 3 * pairs * itemsize / ms / 1e6,
-        "gb_per_s_two_launches": 5 * pairs * itemsize / ms / 1e6,
-        "peak_mb_beyond_gradient": peak / 1e6,
-    }
-
-
-def copy_rate(elements: int, dtype: torch.dtype) -> float:
-    """GB/s, read and written, of a copy within the device."""
-    from triton.testing import do_bench
-
-    source = torch.randn(elements, device="cuda").to(dtype)
-    target = torch.empty_like(source)
-    ms: Any = do_bench(lambda: target.copy_(source), return_mode="median")
-    return 2 * source.nbytes / ms / 1e6
-
-
-def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: python -m bench.gpu_softmax_kl RESULTS.json", file=sys.stderr)
-        return 2
-    if not torch.cuda.is_available():
-        print("bench.gpu_softmax_kl measures a GPU, and PyTorch finds none here", file=sys.stderr)
-        return 2
-    results = []
+def results() -> Iterator[dict[str, Any]]:
     for rows, vocab, dtype in SHAPES:
         student = random_normal(rows, vocab, scale=2, dtype=dtype).requires_grad_()
         teacher = random_normal(rows, vocab, seed=1, scale=2, dtype=dtype)
         targets = random_targets(rows, vocab=vocab, ignored=0)
-        rate = copy_rate(rows * vocab, dtype)
-        print(f"\n{rows} x {vocab} {dtype}, copy {rate:.0f} GB/s")
+        rate, pair_bytes = copy_rate(rows * vocab, dtype), rows * vocab * dtype.itemsize
         for name, step in steps(student, teacher, targets).items():
             loss_error, gradient_error = errors(step, student, teacher, targets)
-            measured = measure(step, rows * vocab, dtype.itemsize)
-            result = {"implementation": name, "rows": rows, "vocab": vocab, "dtype": str(dtype), "copy_gb_per_s": rate}
-            results.append(result | {"loss_error": loss_error, "gradient_error": gradient_error} | measured)
-            figures = "  ".join(f"{figure} {value:.4g}" for figure, value in list(results[-1].items())[5:])
-            print(f"{name:28s} {figures}", flush=True)
-        Path(sys.argv[1]).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-    return 0
+            peak, ms = peak_bytes(step), median_ms(step)
+            yield {
+                "implementation": name,
+                "rows": rows,
+                "vocab": vocab,
+                "dtype": str(dtype),
+                "copy_gb_per_s": rate,
+                "loss_error": loss_error,
+                "gradient_error": gradient_error,
+                "ms": ms,
+                "gb_per_s_floor": 3 * pair_bytes / ms / 1e6,
+                "gb_per_s_two_launches": 5 * pair_bytes / ms / 1e6,
+                "peak_mb_beyond_gradient": (peak - pair_bytes) / 1e6,
+            }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("gpu_softmax_kl", results))

@@ -25,7 +25,7 @@ LINEAR_PARITY = [
     f"{LOSSES[1]}::test_every_keyword_matches_the_definition",
     f"{LOSSES[2]}::test_shared_matches_the_definition",
 ]
-KERNELS = ["tests/kernels", "bench/test_gpu_softmax_kl.py"]
+KERNELS = ["tests/kernels", "bench/test_gpu.py"]
 COMPILED = ["tests/ptx/test_triton_kernels.py", "tests/ptx/test_softmax_kl_traffic.py"]
 
 WAYS = {

@@ -1,0 +1,76 @@
+"""What the GPU benchmarks time is one loss, whoever computes it; how they are called."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_largest_batch as batch
+from bench import gpu_linear_softmax_kl as linear
+from bench import gpu_softmax_kl as logits
+from fastdistill.backend import obstacle_to_triton
+from fastdistill.testing import DEVICE, random_logits, random_targets, relative_error
+
+needs_triton = pytest.mark.skipif(
+    obstacle_to_triton(DEVICE, None) is not None, reason="Triton needs a GPU, or what stands in for it"
+)
+
+
+@needs_triton
+def test_every_implementation_on_triton_computes_the_same_loss_and_gradient():
+    student, teacher = random_logits(6, 129).values()
+    student.requires_grad_()
+    targets = random_targets(6, vocab=129, ignored=0)
+    compared = logits.steps(student, teacher, targets)
+    assert {"eager", "torch.compile", "fastdistill, two launches", "fastdistill, one launch"} <= compared.keys()
+    for name, step in compared.items():
+        loss_error, gradient_error = logits.errors(step, student, teacher, targets)
+        assert loss_error < 1e-5, name
+        assert gradient_error < 1e-5, name
+
+
+@needs_triton
+@pytest.mark.parametrize("loss", linear.LOSSES)
+def test_every_implementation_on_triton_computes_the_same_loss_and_gradients_of_heads(loss):
+    inputs = linear.make_inputs(linear.Shape(300, 129, 16, 24, torch.float32))  # more than a slice of the truth
+    true = linear.truth(inputs, loss)
+    compared = linear.steps(inputs, loss)
+    assert {"eager", "torch.compile", "fastdistill", "fastdistill, PyTorch path"} <= compared.keys()
+    for name, step in compared.items():
+        assert max(map(relative_error, step(), true)) < 1e-5, name
+
+
+def test_the_bare_products_are_those_of_the_loss():
+    inputs = linear.make_inputs(linear.Shape(300, 129, 16, 24, torch.float32))
+    dhidden, dweight = linear.products_step(inputs, 128)
+    assert torch.allclose(dhidden, inputs["student_weight"].sum(0).expand(300, 16), atol=1e-4)
+    assert torch.allclose(dweight, inputs["student_hidden"].sum(0).expand(129, 16), atol=1e-4)
+
+
+def test_the_batches_compared_are_trained_by_one_loss():
+    losses, gradients = {}, {}
+    for name, make_module in batch.MODULES.items():
+        module = make_module(*batch.make_models(n_embd=16, n_head=2, vocab_size=61, n_positions=12))
+        loss = module(batch.make_batch(3, 12, 61))
+        loss.backward()
+        losses[name], gradients[name] = loss.detach(), [parameter.grad for parameter in module.parameters()]
+    torch.testing.assert_close(losses["fastdistill"], losses["eager"])
+    torch.testing.assert_close(gradients["fastdistill"], gradients["eager"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 8, 13, 100])
+def test_the_largest_that_fits_is_found(limit):
+    assert batch.largest(lambda number: number <= limit) == limit
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+@pytest.mark.parametrize("name", ["gpu_softmax_kl", "gpu_linear_softmax_kl", "gpu_largest_batch"])
+def test_a_machine_without_a_gpu_is_told_so(name, tmp_path):
+    command = [sys.executable, "-m", f"bench.{name}", str(tmp_path / "results.json")]
+    process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert "PyTorch finds none" in process.stderr
