@@ -1,4 +1,4 @@
-"""Every figure in the README and in kernels/README.md stands in a file of the repository."""
+"""Every figure in the README, in kernels/README.md and in docs/memory.md stands in a file of the repository."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import compile_table
+from bench import compile_table, memory_law
 from bench.table import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,13 @@ def test_instruction_counts_are_those_of_the_kept_compile_check():
     assert compile_table.table(check) in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", ["README.md", "kernels/README.md"])
+def test_the_memory_law_is_that_of_the_kept_points():
+    page = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    for part in memory_law.table(json.loads((ROOT / "docs" / "memory-law.json").read_text())["results"]).split("\n\n"):
+        assert part in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "kernels/README.md", "docs/memory.md"])
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert links

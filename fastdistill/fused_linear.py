@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdistill import checks, ops
+from fastdistill import checks, linear_ops
 from fastdistill.backend import choose_impl
 from fastdistill.losses import kernel_scalars, prepare
 from fastdistill.outputs import LossOutput
@@ -126,9 +126,9 @@ def linear_softmax_kl(
         choose_impl("linear_softmax_kl", impl, student_hidden.device),
     )
     if reduction == "none":
-        terms = ops.linear_softmax_kl_terms(*arguments)
+        terms = linear_ops.linear_softmax_kl_terms(*arguments)
     else:
         head = (student_hidden, student_weight, student_bias)
         needs = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in head)
-        terms, *_ = ops.linear_softmax_kl_sums(*arguments, *needs)
+        terms, *_ = linear_ops.linear_softmax_kl_sums(*arguments, *needs)
     return prepared.output_of(terms, has_teacher=has_teacher)

@@ -118,6 +118,19 @@ def test_import_loads_neither_triton_nor_what_only_training_needs():
     assert not {module.split(".")[0] for module in loaded} & (TRAINING_LIBRARIES | {"triton"})
 
 
+def test_a_loss_on_a_cpu_loads_no_compiler():
+    program = (
+        "import sys, torch, fastdistill; x = torch.ones(2, 3, requires_grad=True);"
+        "heads = x, x, x.detach(), x.detach(); losses = fastdistill.linear_softmax_kl(*heads).loss,"
+        "fastdistill.linear_softmax_kl(*heads, reduction='none').loss.sum(), fastdistill.softmax_kl(*heads[1:3]).loss;"
+        "sum(losses).backward();"
+        "print(*sys.modules)"
+    )
+    loaded = run_python(program, cwd=ROOT).stdout.split()
+    assert "fastdistill.linear_chunks" in loaded
+    assert not {"torch._dynamo", "sympy", "triton"} & set(loaded)
+
+
 def test_git_holds_the_link_to_the_kernels():
     mode, *_, path = git("ls-files", "--stage", "fastdistill/kernels").split()
     assert (mode, path) == ("120000", "fastdistill/kernels")

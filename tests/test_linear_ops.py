@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from fastdistill import linear_softmax_kl, ops
+from fastdistill import linear_ops, linear_softmax_kl
 from fastdistill.testing import (
     DEVICE,
     differentiate,
@@ -49,11 +49,11 @@ def op_arguments(dtype: torch.dtype, impl: str) -> list[Any]:
 def test_operations_are_registered_as_pytorch_wants_them(needs, dtype, impl):
     arguments = op_arguments(dtype, impl)
     dloss = torch.ones_like(arguments[7])
-    opcheck(ops.linear_softmax_kl_terms_backward, (dloss, *arguments, *needs))
+    opcheck(linear_ops.linear_softmax_kl_terms_backward, (dloss, *arguments, *needs))
     for tensor, needed in zip(arguments[:3], needs, strict=True):
         tensor.requires_grad_(needed)
-    opcheck(ops.linear_softmax_kl_sums, (*arguments, *needs))
-    opcheck(ops.linear_softmax_kl_terms, tuple(arguments))
+    opcheck(linear_ops.linear_softmax_kl_sums, (*arguments, *needs))
+    opcheck(linear_ops.linear_softmax_kl_terms, tuple(arguments))
 
 
 def fields_and_gradients(function: Any, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
