@@ -13,10 +13,13 @@ from fastdistill import products
 
 
 @contextmanager
-def half_products(widening: bool, rounded: Callable[[Tensor], Tensor] = lambda x: x) -> Iterator[None]:
+def half_products(
+    widening: bool, rounded: Callable[[Tensor], Tensor] = lambda x: x, adds: bool = True
+) -> Iterator[None]:
     """While it lasts the CPU multiplies half-precision matrices as they are.
 
-    With `widening` the sums come in float32, passed through `rounded`; without, in the operands' dtype.
+    With `widening` the sums come in float32, passed through `rounded`, and are added to others, unless not `adds`;
+    without, they come in the operands' dtype.
     """
     before = products.MULTIPLIES_IN_FLOAT32
     products.MULTIPLIES_IN_FLOAT32 = frozenset()
@@ -34,7 +37,7 @@ def half_products(widening: bool, rounded: Callable[[Tensor], Tensor] = lambda x
                 return out.copy_(mm(a, b, out_dtype))
 
             def addmm_out(x: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
-                return out.copy_(x + mm(a, b, out_dtype))
+                return out.copy_(x * adds + mm(a, b, out_dtype))
 
             library.impl("mm.dtype", mm, "CPU")
             library.impl("mm.dtype_out", mm_out, "CPU")

@@ -173,15 +173,16 @@ def test_autocast_leaves_float64_alone(impl, widening):
 def test_float16_sums_beyond_its_range_are_no_gradients_beyond_it(reduction, impl, widening):
     """2048 tokens with one target and hidden states of 50: the head's gradient is past 65504 before the mean."""
     tokens = 2048
-    arguments: dict[str, Any] = random_heads(tokens, vocab=V, width=D, dtype=torch.float16)
+    arguments: dict[str, Any] = random_heads(tokens, vocab=V, width=D, bias=True, dtype=torch.float16)
     arguments["student_hidden"] = arguments["student_hidden"].abs() + 50
     arguments["student_weight"] *= 0.01
     arguments |= {"targets": torch.full((tokens,), 7, device=DEVICE), "ce_weight": 1.0, "reduction": reduction}
     dloss = torch.full((tokens,), 1 / tokens, device=DEVICE) if reduction == "none" else 1.0
-    _, (gradient,) = differentiate(partial(linear_softmax_kl, impl=impl), arguments, HEAD[1:2], dloss)
-    _, (truth,) = differentiate(reference.linear_softmax_kl, in_float64(arguments), HEAD[1:2], dloss)
-    assert truth.abs().max() * tokens > 65504
-    assert relative_error(gradient, truth) < 1e-3
+    _, gradients = differentiate(partial(linear_softmax_kl, impl=impl), arguments, HEAD[1:], dloss)
+    _, truths = differentiate(reference.linear_softmax_kl, in_float64(arguments), HEAD[1:], dloss)
+    assert truths[0].abs().max() * tokens > 65504
+    for gradient, truth in zip(gradients, truths, strict=True):
+        assert relative_error(gradient, truth) < 1e-3
 
 
 @each_impl
@@ -219,6 +220,8 @@ def test_products_that_only_seem_wider_are_found_out(dtype):
     with half_products(widening=True):
         assert widens(dtype, device)
     with half_products(widening=True, rounded=lambda x: x.to(dtype).float()):
+        assert not widens(dtype, device)
+    with half_products(widening=True, adds=False):
         assert not widens(dtype, device)
     assert not widens(dtype, device)
 

@@ -48,7 +48,7 @@ def test_a_loss_that_was_differentiated_does_not_keep_its_gradients():
     vocab, width = 16384, 128
     few = peak_memory(partial(random_heads, 64, vocab=vocab, width=width), linear_step)
     many = peak_memory(partial(random_heads, 64, vocab=vocab, width=width), kept_losses)
-    assert many - few < 2 * 4 * vocab * width  # those of twenty heads are 168 MB
+    assert many - few < 5 * 4 * vocab * width  # twenty losses have twenty such gradients
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,20 @@ import pytest
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is installed on Linux x86_64 alone")
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSSES = ["tests/test_softmax_kl.py", "tests/test_linear_softmax_kl.py", "tests/test_cross_vocab.py"]
+LOSSES = [
+    "tests/test_softmax_kl.py",
+    "tests/test_linear_softmax_kl.py",
+    "tests/test_cross_vocab.py",
+    "tests/test_linear_half.py",
+    "tests/test_linear_ops.py",
+]
 PARITY = [f"{LOSSES[0]}::test_every_{what}_matches_the_definition" for what in ("keyword", "vocabulary_size_and_dtype")]
 LINEAR_PARITY = [
     f"{LOSSES[1]}::test_every_keyword_matches_the_definition",
     f"{LOSSES[2]}::test_shared_matches_the_definition",
+    f"{LOSSES[3]}::test_every_keyword_matches_the_definition",
 ]
+NEAR_THE_TEACHER = f"{LOSSES[3]}::test_near_the_teacher_the_gradient_is_that_of_unrounded_logits"
 KERNELS = ["tests/kernels", "bench/test_gpu.py"]
 COMPILED = ["tests/ptx/test_triton_kernels.py", "tests/ptx/test_softmax_kl_traffic.py"]
 
@@ -36,9 +44,9 @@ WAYS = {
 }
 SOME_TESTS = {
     "sm_60": [*COMPILED, "tests/kernels/test_softmax_kl_kernel.py", *PARITY],
-    "interpreter": [*KERNELS, *PARITY],
+    "interpreter": [*KERNELS, *PARITY, LOSSES[4]],
     "sm_75": [*COMPILED, *LINEAR_PARITY],
-    "sm_90": [*COMPILED, *PARITY],
+    "sm_90": [*COMPILED, *PARITY, NEAR_THE_TEACHER],
 }
 ALL_TESTS = {way: [*KERNELS, *LOSSES, *([] if way == "interpreter" else COMPILED)] for way in WAYS}
 
