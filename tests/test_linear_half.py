@@ -13,7 +13,9 @@ from torch import Tensor
 
 from fastdistill import linear_chunks, linear_softmax_kl, products, reference
 from fastdistill.checks import DIVERGENCES, REDUCTIONS
+from fastdistill.heads import Gradients, Head
 from fastdistill.products import Precision, widens
+from fastdistill.rows import TokenRows, token_rows
 from fastdistill.testing import (
     DEVICE,
     INCOMING_GRADIENTS,
@@ -185,6 +187,93 @@ def test_float16_sums_beyond_its_range_are_no_gradients_beyond_it(reduction, imp
         assert relative_error(gradient, truth) < 1e-3
 
 
+WRONG_AND_SURE: dict[str, dict[str, Any]] = {
+    "kl": {},
+    "hot": {"temperature": 8.0},
+    "cold": {"temperature": 0.25, "temperature_squared": False},
+    "ce": {"kl_weight": 0.0, "ce_weight": 3.0},
+    "both": {"kl_weight": 0.01, "ce_weight": 20.0, "mask": torch.full((4,), 300.0, device=DEVICE)},
+    "uneven": {"mask": torch.tensor([1e-3, 0.0, 7.0, 1.0], device=DEVICE)},
+}
+
+
+@each_impl
+@pytest.mark.parametrize("case", WRONG_AND_SURE.values(), ids=WRONG_AND_SURE.keys())
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_gradients_of_logits_fill_the_range_that_is_theirs(reduction, case, impl, widening, monkeypatch):
+    """A student that is sure of what its teacher and the target exclude has the largest gradients there are."""
+    largest: list[float] = []
+    add = Gradients.add
+
+    def recording(self: Gradients, chunk: TokenRows, hidden: Tensor, dlogits: Tensor) -> None:
+        assert dlogits.dtype == torch.float16
+        largest.append(dlogits.abs().max().item())
+        add(self, chunk, hidden, dlogits)
+
+    monkeypatch.setattr(Gradients, "add", recording)
+    hidden, weight = torch.eye(4, device=DEVICE).half(), 100 * torch.eye(4, device=DEVICE).half()
+    arguments: dict[str, Any] = {"student_hidden": hidden, "student_weight": weight, "targets": torch.arange(4).roll(1)}
+    arguments |= {"teacher_hidden": hidden.roll(1, 0), "teacher_weight": weight, "reduction": reduction, "impl": impl}
+    arguments["targets"] = arguments["targets"].to(DEVICE)
+    dloss = torch.tensor([-1.0, 2.0, -3.0, 0.5], device=DEVICE) if reduction == "none" else 5.0
+    differentiate(linear_softmax_kl, arguments | case, HEAD[:2], dloss)
+    assert 128 <= max(largest) <= 256
+
+
+@each_impl
+def test_without_wider_products_a_chunks_sums_stay_in_float16(impl, narrow):
+    """As many tokens as a chunk has on the GPUs that this is for, all with one target, and hidden states of 50."""
+    tokens = 256
+    arguments: dict[str, Any] = random_heads(tokens, vocab=V, width=D, dtype=torch.float16)
+    arguments["student_hidden"] = arguments["student_hidden"].abs() + 50
+    arguments["student_weight"] *= 0.01
+    arguments |= {"targets": torch.full((tokens,), 7, device=DEVICE), "ce_weight": 1.0}
+    _, (gradient,) = differentiate(partial(linear_softmax_kl, impl=impl), arguments, HEAD[1:2])
+    _, (truth,) = differentiate(reference.linear_softmax_kl, in_float64(arguments), HEAD[1:2])
+    assert 256 * truth.abs().max() * tokens > 65504
+    assert relative_error(gradient, truth) < 2e-3
+
+
+@each_impl
+@pytest.mark.parametrize(
+    "nothing", [{"kl_weight": 0.0, "ce_weight": 0.0}, {"mask": torch.zeros(N, device=DEVICE)}], ids=str
+)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_loss_of_nothing_has_gradient_0(reduction, nothing, impl, widening):
+    arguments = heads(torch.float16) | {"reduction": reduction, "impl": impl, "drop_masked": False} | nothing
+    output, gradients = differentiate(linear_softmax_kl, arguments, HEAD)
+    assert (output.loss == 0).all()
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@each_half
+@pytest.mark.parametrize("logits", ["wide", "own"])
+@pytest.mark.parametrize("has_teacher", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_kernels_buffers_stay_within_the_bytes_they_are_given(gradient, has_teacher, logits, dtype):
+    """Rows are aligned; the gradient is over the logits where it has their dtype, and nowhere else."""
+    precision = Precision(dtype, torch.float32 if logits == "wide" else dtype)
+    arguments = heads(dtype, vocab=1000, teacher_vocab=900)
+    student, teacher = (
+        Head(*(arguments[f"{model}_{part}"] for part in ("hidden", "weight", "bias")), vocab=vocab, precision=precision)
+        for model, vocab in (("student", 1000), ("teacher", 900))
+    )
+    rows = token_rows(torch.ones(N, device=DEVICE), None, drop_uncounted=False)
+    budget = 40_000
+    form = linear_chunks.LossForm("forward_kl", 900, False, 1, True, True, None, False, budget, "triton")
+    buffers = linear_chunks._Buffers.of(student, teacher if has_teacher else None, rows, form, gradient=gradient)
+    own_gradient = gradient and logits == "wide"
+    assert buffers.gradient.dtype == (dtype if own_gradient else precision.logits)
+    assert (buffers.gradient.data_ptr() == buffers.student.data_ptr()) is not own_gradient
+    held = {x.untyped_storage().data_ptr(): x for x in buffers[1:] if x is not None}
+    row_bytes = sum(x.stride(0) * x.itemsize for x in held.values())
+    assert sum(x.untyped_storage().nbytes() for x in held.values()) == buffers.rows * row_bytes
+    assert buffers.rows * row_bytes <= budget < (buffers.rows + 1) * row_bytes
+    assert [tuple(x.shape) for x in (buffers.student, buffers.gradient)] == [(buffers.rows, 1000)] * 2
+    assert (buffers.teacher is not None) is has_teacher
+    assert all(x.stride(0) * x.itemsize % 128 == 0 for x in held.values())
+
+
 @each_impl
 @each_half
 def test_tokens_that_do_not_count_may_hold_anything(dtype, impl, widening):
@@ -205,7 +294,7 @@ def test_a_head_in_use_is_not_copied(dtype, impl, widening):
     arguments = heads(dtype)
     precision = Precision.of(arguments["student_hidden"], arguments["student_weight"], torch.float32, None)
     assert precision == (dtype, torch.float32)
-    head = linear_chunks.Head(*(arguments[name] for name in HEAD), vocab=V, precision=precision)
+    head = Head(*(arguments[name] for name in HEAD), vocab=V, precision=precision)
     assert head.weight.data_ptr() == arguments["student_weight"].data_ptr()
 
 

@@ -46,8 +46,11 @@ def op_arguments(dtype: torch.dtype, impl: str) -> list[Any]:
 @each_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
-def test_operations_are_registered_as_pytorch_wants_them(needs, dtype, impl):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_operations_are_registered_as_pytorch_wants_them(transposed, needs, dtype, impl):
     arguments = op_arguments(dtype, impl)
+    if transposed:
+        arguments[:2] = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in arguments[:2]]
     dloss = torch.ones_like(arguments[7])
     opcheck(linear_ops.linear_softmax_kl_terms_backward, (dloss, *arguments, *needs))
     for tensor, needed in zip(arguments[:3], needs, strict=True):

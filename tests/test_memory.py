@@ -37,6 +37,12 @@ def test_fused_head_fits_where_the_logits_do_not():
     assert peak - gradients < 600 * MB
 
 
+def test_nothing_as_large_as_the_heads_gradient_is_held_beside_it():
+    vocab, width = 32768, 2048
+    peak = peak_memory(partial(random_heads, 64, vocab=vocab, width=width), small_chunk_step)
+    assert peak < 1.6 * 4 * vocab * width  # some 50 MB of chunk, code and the matrix library's beside its 268
+
+
 def test_scratch_of_the_fused_head_does_not_grow_with_the_tokens():
     few, many = (
         peak_memory(partial(random_heads, tokens, vocab=4096, width=16), small_chunk_step) for tokens in (512, 4096)
