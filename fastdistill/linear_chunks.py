@@ -177,7 +177,8 @@ class _Buffers(NamedTuple):
         if teacher is not None:
             token_bytes += vocabs["teacher"] * teacher.precision.logits.itemsize
         if not is_kernel:
-            token_bytes += (BUFFERS - 2) * vocabs["student"] * rows.weights.itemsize
+            logits_are_two_of_them = precision.logits == rows.weights.dtype
+            token_bytes += (BUFFERS - 2 * logits_are_two_of_them) * vocabs["student"] * rows.weights.itemsize
         size = min(max(1, len(rows)), _chunk_rows(form.max_chunk_bytes, token_bytes, rows.weights.device))
 
         def buffer(head: Head, width: int, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from fastdistill import linear_ops, linear_softmax_kl
+from fastdistill.linear_chunks import LossForm
 from fastdistill.testing import (
     DEVICE,
     differentiate,
@@ -56,6 +57,9 @@ def test_operations_are_registered_as_pytorch_wants_them(transposed, needs, dtyp
     for tensor, needed in zip(arguments[:3], needs, strict=True):
         tensor.requires_grad_(needed)
     opcheck(linear_ops.linear_softmax_kl_sums, (*arguments, *needs))
+    sums, *rest = linear_ops.linear_softmax_kl_sums(*arguments, *needs)
+    assert sums.requires_grad
+    assert not any(x.requires_grad for x in rest)
     opcheck(linear_ops.linear_softmax_kl_terms, tuple(arguments))
 
 
@@ -106,6 +110,23 @@ def test_autocast_holds_inside_a_compiled_function():
     arguments = heads()
     expected = loss(**arguments)
     torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(**arguments), expected)
+
+
+@each_reduction
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+@pytest.mark.parametrize("drop_masked", [True, False])
+def test_what_has_no_weight_is_not_computed_and_rows_are_dropped_as_asked(
+    drop_masked, ce_weight, kl_weight, reduction, monkeypatch
+):
+    forms: list[LossForm] = []
+    name = "loss_terms" if reduction == "none" else "loss_sums"
+    compute = getattr(linear_ops, name)
+    monkeypatch.setattr(linear_ops, name, lambda *given: forms.append(given[1]) or compute(*given))
+    arguments = heads() | {"kl_weight": kl_weight, "ce_weight": ce_weight, "drop_masked": drop_masked}
+    linear_softmax_kl(**arguments, reduction=reduction)
+    (form,) = forms
+    assert (form.kl_in_loss, form.ce_in_loss, form.drop_uncounted) == (kl_weight != 0, ce_weight != 0, drop_masked)
 
 
 @pytest.mark.parametrize("model", ["student", "teacher"])
