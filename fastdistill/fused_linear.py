@@ -121,7 +121,7 @@ def linear_softmax_kl(
         has_teacher and is_on(options.kl_weight),
         targets is not None and is_on(options.ce_weight),
         autocast_dtype(student_hidden.device),
-        drop_masked,
+        bool(drop_masked),
         max_chunk_bytes,
         choose_impl("linear_softmax_kl", impl, student_hidden.device),
     )
