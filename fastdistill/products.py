@@ -18,6 +18,10 @@ MULTIPLIES_IN_FLOAT32 = frozenset({"cpu"})
 """Devices that take half-precision matrices to float32 first, if they have no such products."""
 
 
+SLICE_BYTES = 64 << 20
+"""Of a product that is added afterwards: it would else be as large as the head's gradient."""
+
+
 class Precision(NamedTuple):
     """How the matrices of one output head are multiplied."""
 
@@ -48,20 +52,36 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 @functools.cache
 def widens(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device returns, and adds up, products of matrices of this half precision in float32.
+    """Whether the device returns products of matrices of this half precision in float32.
 
-    Tried on a sum that the half precision cannot hold. The first call for a device waits for it.
+    Tried, like `adds_up`, on sums that the half precision cannot hold. The first call for a device waits for it.
     """
-    a, b = torch.ones(16, 8, dtype=dtype, device=device), torch.full((16, 8), 128, dtype=dtype, device=device)
-    b[0] = 129
-    total = torch.ones(8, 8, device=device)
-    padded = torch.empty(8, 16, device=device)[:, :8]
+    out = torch.empty(8, 16, device=device)[:, :8]
+    a, b = _trial_matrices(dtype, device)
     try:
-        torch.mm(a.t(), b, out_dtype=torch.float32, out=padded)
-        torch.addmm(total, a.t(), b, out_dtype=torch.float32, out=total)
-    except RuntimeError:  # of a backend, or a GPU's cuBLAS, without them
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    except RuntimeError:  # of a backend, or a GPU's cuBLAS, that has none
         return False
-    return bool(((padded == 2049) & (total == 2050)).all())
+    return bool((out == 2049).all())
+
+
+@functools.cache
+def adds_up(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether it also adds them to a float32 matrix in place; the first releases with such products did not."""
+    total = torch.ones(8, 8, device=device)
+    a, b = _trial_matrices(dtype, device)
+    try:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 2050).all())
+
+
+def _trial_matrices(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two whose product is 2049 everywhere: 15 x 128 + 129."""
+    b = torch.full((16, 8), 128, dtype=dtype, device=device)
+    b[0] = 129
+    return torch.ones(16, 8, dtype=dtype, device=device).t(), b
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -82,7 +102,9 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the dtype of `total` as nearly as the device can."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif widens(a.dtype, a.device):
+    elif adds_up(a.dtype, a.device):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total.add_(torch.mm(a, b))
+        rows = max(1, SLICE_BYTES // (total.shape[1] * total.itemsize))
+        for part, of in zip(total.split(rows), a.split(rows), strict=True):
+            part.add_(product(of, b, total.dtype))

@@ -14,16 +14,16 @@ from fastdistill import products
 
 @contextmanager
 def half_products(
-    widening: bool, rounded: Callable[[Tensor], Tensor] = lambda x: x, adds: bool = True
+    widening: bool, rounded: Callable[[Tensor], Tensor] = lambda x: x, addmm: str | None = "adds"
 ) -> Iterator[None]:
     """While it lasts the CPU multiplies half-precision matrices as they are.
 
-    With `widening` the sums come in float32, passed through `rounded`, and are added to others, unless not `adds`;
-    without, they come in the operands' dtype.
+    With `widening` the products come in float32, passed through `rounded`; without, in the operands' dtype. With
+    `addmm` they may be added to a float32 matrix, which "forgets" does not do.
     """
     before = products.MULTIPLIES_IN_FLOAT32
     products.MULTIPLIES_IN_FLOAT32 = frozenset()
-    products.widens.cache_clear()
+    forget_trials()
     try:
         if not widening:
             yield
@@ -37,12 +37,18 @@ def half_products(
                 return out.copy_(mm(a, b, out_dtype))
 
             def addmm_out(x: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
-                return out.copy_(x * adds + mm(a, b, out_dtype))
+                return out.copy_(mm(a, b, out_dtype) + (x if addmm == "adds" else 0))
 
             library.impl("mm.dtype", mm, "CPU")
             library.impl("mm.dtype_out", mm_out, "CPU")
-            library.impl("addmm.dtype_out", addmm_out, "CPU")
+            if addmm:
+                library.impl("addmm.dtype_out", addmm_out, "CPU")
             yield
     finally:
         products.MULTIPLIES_IN_FLOAT32 = before
-        products.widens.cache_clear()
+        forget_trials()
+
+
+def forget_trials() -> None:
+    products.widens.cache_clear()
+    products.adds_up.cache_clear()

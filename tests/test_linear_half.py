@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdistill import linear_chunks, linear_softmax_kl, products, reference
 from fastdistill.checks import DIVERGENCES, REDUCTIONS
 from fastdistill.heads import Gradients, Head
-from fastdistill.products import Precision, widens
+from fastdistill.products import Precision, adds_up, widens
 from fastdistill.rows import TokenRows, token_rows
 from fastdistill.testing import (
     DEVICE,
@@ -52,7 +52,8 @@ def widening() -> Iterator[None]:
 def narrow(monkeypatch) -> Iterator[None]:
     """Products come in the half precision itself, as where `widens` says no."""
     if DEVICE != "cpu":
-        monkeypatch.setattr(products, "widens", lambda dtype, device: False)
+        for trial in ("widens", "adds_up"):
+            monkeypatch.setattr(products, trial, lambda dtype, device: False)
     with half_products(widening=False) if DEVICE == "cpu" else nullcontext():
         yield
 
@@ -115,6 +116,21 @@ def test_without_wider_products_it_is_no_worse_than_eager(reduction, divergence,
     assert_value_close(output.loss, eager.loss)
     for gradient, eager_gradient, truth in zip(gradients, eager_gradients, truths, strict=True):
         assert relative_error(gradient, truth) <= relative_error(eager_gradient, truth) + 1e-3
+
+
+@each_impl
+@each_half
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("slice_rows", [1, 50, 1000])
+def test_products_that_cannot_be_added_in_place_are_added_afterwards(slice_rows, reduction, dtype, impl, monkeypatch):
+    """A slice of the vocabulary at a time."""
+    monkeypatch.setattr(products, "SLICE_BYTES", slice_rows * 4 * D)
+    with half_products(widening=True, addmm=None) if DEVICE == "cpu" else nullcontext():
+        if DEVICE != "cpu":
+            monkeypatch.setattr(products, "adds_up", lambda dtype, device: False)
+        arguments = heads(dtype) | {"reduction": reduction}
+        function = partial(linear_softmax_kl, impl=impl, max_chunk_bytes=60 * 4 * V)
+        assert_matches(function, reference.linear_softmax_kl, arguments, HEAD, dloss_for(reduction))
 
 
 def near_the_teacher(dtype: torch.dtype) -> dict[str, Any]:
@@ -304,15 +320,18 @@ needs_stand_in = pytest.mark.skipif(DEVICE != "cpu", reason="products are stood 
 @needs_stand_in
 @each_half
 def test_products_that_only_seem_wider_are_found_out(dtype):
-    device = torch.device("cpu")
-    assert not widens(dtype, device)
+    def found() -> tuple[bool, bool]:
+        return widens(dtype, torch.device("cpu")), adds_up(dtype, torch.device("cpu"))
+
+    assert found() == (False, False)
     with half_products(widening=True):
-        assert widens(dtype, device)
+        assert found() == (True, True)
     with half_products(widening=True, rounded=lambda x: x.to(dtype).float()):
-        assert not widens(dtype, device)
-    with half_products(widening=True, adds=False):
-        assert not widens(dtype, device)
-    assert not widens(dtype, device)
+        assert found() == (False, False)
+    for addmm in ("forgets", None):
+        with half_products(widening=True, addmm=addmm):
+            assert found() == (True, False)
+    assert found() == (False, False)
 
 
 @needs_stand_in
