@@ -133,6 +133,24 @@ def test_products_that_cannot_be_added_in_place_are_added_afterwards(slice_rows,
         assert_matches(function, reference.linear_softmax_kl, arguments, HEAD, dloss_for(reduction))
 
 
+@pytest.mark.parametrize("addmm", ["adds", None])
+@each_half
+def test_sums_of_products_keep_float32s_digits_and_slices_their_size(dtype, addmm, monkeypatch):
+    sizes: list[int] = []
+    product = products.product
+    monkeypatch.setattr(products, "product", lambda a, b, to: sizes.append(len(a)) or product(a, b, to))
+    monkeypatch.setattr(products, "SLICE_BYTES", 50 * 4 * D)
+    a, b = random_normal(V, N, dtype=dtype), random_normal(N, D, seed=1, dtype=dtype)
+    total = random_normal(V, D, seed=2)
+    expected = total.double() + a.double() @ b.double()
+    with half_products(widening=True, addmm=addmm) if DEVICE == "cpu" else nullcontext():
+        if DEVICE != "cpu" and not addmm:
+            monkeypatch.setattr(products, "adds_up", lambda dtype, device: False)
+        products.add_product_(total, a, b)
+    assert relative_error(total, expected) < 1e-6
+    assert sizes == ([] if addmm else [50, 50, V - 100])
+
+
 def near_the_teacher(dtype: torch.dtype) -> dict[str, Any]:
     """A student that is 5e-3 nats from its teacher."""
     arguments = random_heads(64, vocab=8192, width=128)
