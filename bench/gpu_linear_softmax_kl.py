@@ -22,7 +22,7 @@ from torch import Tensor
 import fastdistill
 from bench.gpu import main, median_ms, peak_bytes
 from fastdistill import linear_chunks, reference
-from fastdistill.products import Precision, add_product_, product, product_into
+from fastdistill.products import Precision, add_product_, adds_up, product, product_into, widens
 from fastdistill.testing import DEVICE, random_heads, random_targets, relative_error
 
 
@@ -157,8 +157,10 @@ def results() -> Iterator[dict[str, Any]]:
         flops = 2.0 * shape.tokens * shape.vocab * (3 * shape.student_width + shape.teacher_width)
         about = shape._asdict() | {"dtype": str(shape.dtype)}
         chunk = linear_chunks._chunk_rows(None, 1, torch.device(DEVICE))
+        device = inputs["student_weight"].device
+        how = {"products_in_float32": widens(shape.dtype, device), "added_in_place": adds_up(shape.dtype, device)}
         products_ms = median_ms(lambda: products_step(inputs, chunk))  # noqa: B023
-        yield {"implementation": "products alone", "chunk": chunk, **about} | {
+        yield {"implementation": "products alone", "chunk": chunk, **about, **how} | {
             "ms": products_ms,
             "tflop_per_s": flops / products_ms / 1e9,
         }

@@ -367,6 +367,14 @@ def test_what_each_device_multiplies_in():
         assert Precision.of(double, half, torch.float64, torch.float16) == (torch.float64, torch.float64)
 
 
+@pytest.mark.skipif(
+    DEVICE != "cuda" or torch.cuda.get_device_capability()[0] < 8, reason="of GPUs that multiply bfloat16 natively"
+)
+@each_half
+def test_gpus_with_tensor_cores_for_it_return_products_in_float32(dtype):
+    assert widens(dtype, torch.device("cuda", torch.cuda.current_device()))
+
+
 @pytest.mark.parametrize(
     ("capability", "rows"),
     [((6, 0), 256), ((7, 5), 256), ((8, 0), 1024), ((8, 9), 1024), ((9, 0), 2048), ((12, 0), 2048), ((5, 2), 256)],
