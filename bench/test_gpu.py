@@ -44,6 +44,23 @@ def test_every_implementation_on_triton_computes_the_same_loss_and_gradients_of_
         assert max(map(relative_error, step(), true)) < 1e-5, name
 
 
+@needs_triton
+def test_a_result_says_what_was_run_and_how_it_compares(monkeypatch):
+    """Its times and peaks are stood in for."""
+    monkeypatch.setattr(linear, "SHAPES", [linear.Shape(40, 129, 16, 24, torch.float32)])
+    monkeypatch.setattr(linear, "median_ms", lambda step: (step(), 2.0)[1])
+    monkeypatch.setattr(linear, "peak_bytes", lambda step: (step(), 1_000_000)[1])
+    products, *others = linear.results()
+    assert (products["implementation"], products["chunk"]) == ("products alone", 40)
+    assert products["tflop_per_s"] == pytest.approx(2 * 40 * 129 * (3 * 16 + 24) / 2e-3 / 1e12)
+    assert {(each["implementation"], each["loss"]) for each in others} >= {
+        (name, loss) for name in ("eager", "torch.compile", "fastdistill") for loss in linear.LOSSES
+    }
+    for each in others:
+        assert each["of_products"] == 1
+        assert max(each[f"{name}_error"] for name in ("loss", "dhidden", "dweight")) < 1e-5
+
+
 def test_the_bare_products_are_those_of_the_loss():
     inputs = linear.make_inputs(linear.Shape(300, 129, 16, 24, torch.float32))
     dhidden, dweight = linear.products_step(inputs, 128)
