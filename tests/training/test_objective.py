@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fastdistill import heads
 from fastdistill.training.blocks import Batch, Blocks, Inputs, collate, cut
 from fastdistill.training.config import UsageError
 from fastdistill.training.evaluate import evaluate, perplexity
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.pairing import Pairing
 from fastdistill.training.tokens import Tokens
+from tests.half_products import half_products
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = dict(vocab_size=40, n_positions=10, n_embd=16, n_head=2, bos_token_id=0, eos_token_id=0)
@@ -110,6 +113,35 @@ def test_padding_changes_nothing(blocks, teacher):
         batch = batch._replace(student=ids, teacher=ids)
         totals.append(module(batch, teacher(batch.teacher, [1, 3]), module.count([batch])).total)
     assert torch.equal(*totals)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast_the_heads_multiply_in_its_precision_and_masters_keep_theirs(blocks, teacher, half, monkeypatch):
+    """As a GPU does, whose products are stood in for; the teacher has its own half-precision weights."""
+    operands = []
+    product_into = heads.product_into
+    monkeypatch.setattr(heads, "product_into", lambda out, a, b: operands.append(a.dtype) or product_into(out, a, b))
+    student, batch = model(2, seed=0), batch_of(blocks)
+    half_teacher = Teacher(copy.deepcopy(teacher.model).to(half))
+
+    def step(teacher: Teacher, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        module = DistillationModule(copy.deepcopy(student), Weights(0.5, 0.5, 0.5), layer_map=[(0, 1), (1, 3)])
+        with torch.autocast("cpu", half, enabled=autocast):
+            losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
+        losses.total.backward()
+        return losses.total.detach(), [parameter.grad for parameter in module.parameters()]
+
+    total, gradients = step(teacher, False)
+    assert operands == [torch.float32] * 2
+    with half_products(widening=True):
+        half_total, half_gradients = step(half_teacher, True)
+    assert operands[2:] == [half] * 2
+    torch.testing.assert_close(half_total, total, rtol=1e-2, atol=0)
+    for gradient, half_gradient in zip(gradients, half_gradients, strict=True):
+        assert gradient is not None
+        assert half_gradient is not None
+        assert half_gradient.dtype == torch.float32
+        assert (half_gradient - gradient).norm() <= 0.1 * gradient.norm() + 1e-4
 
 
 def test_documents_in_a_row_do_not_see_each_other(teacher):
