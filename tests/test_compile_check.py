@@ -865,7 +865,7 @@ def test_ctrl_c_ends_the_command_and_what_it_started(toys, tmp_path):
     os.killpg(commands[0].pid, signal.SIGINT)
     commands[1].send_signal(signal.SIGINT)
     for command, file in zip(commands, files, strict=True):
-        out, err = command.communicate(timeout=20)
+        out, err = command.communicate(timeout=60)
         assert (out, err, command.returncode) == ("", "interrupted\n", 130)
         pid, kind = file.read_text().rstrip(".").split()
         assert kind == "JITFunction", "the interpreter in the environment has replaced the compiler"
