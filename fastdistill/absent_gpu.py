@@ -9,7 +9,7 @@ be called before the first kernel runs, and not with TRITON_INTERPRET=1, which r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +137,7 @@ class _Launcher:
         self.ptx = Path(next(file for name, file in files.items() if name.endswith(".ptx"))).read_text()
 
     def __call__(self, x: int, y: int, z: int, stream, cubin, packed_metadata, launch_metadata, enter, leave, *args):
-        arguments = [value for value, type_ in zip(args, self.types, strict=True) if type_ != "constexpr"]
+        arguments = list(_parameters(args, self.types))
         launch = Launch(
             self.metadata.name,
             self.ptx,
@@ -148,3 +148,12 @@ class _Launcher:
             arguments,
         )
         self.on_launch(launch)
+
+
+def _parameters(arguments: Iterable[Any], types: Iterable[Any]) -> Iterator[Any]:
+    """What the compiled kernel is given: no constexpr, and of a tuple its elements."""
+    for argument, type_ in zip(arguments, types, strict=True):
+        if isinstance(type_, tuple):
+            yield from _parameters(argument, type_)
+        elif type_ != "constexpr":
+            yield argument

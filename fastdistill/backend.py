@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 IMPLEMENTATIONS = ("torch", "triton")
-WITH_KERNEL = frozenset({"softmax_kl", "linear_softmax_kl"})
-"""Operations that have a Triton kernel."""
+WITH_KERNEL = {"softmax_kl": "softmax_kl", "linear_softmax_kl": "softmax_kl", "layer_loss": "layer_loss"}
+"""Operations that have a Triton kernel, and the file of kernels/ that has it."""
 
 MIN_TRITON = (3, 4)
 MIN_ARCHITECTURE = 60
@@ -31,7 +31,7 @@ def choose_impl(operation: str, impl: str | None, device: torch.device) -> str:
     if impl is None:
         if device.type != "cuda" or operation not in WITH_KERNEL:
             return "torch"
-        obstacle = obstacle_to_triton(device.type, device.index)
+        obstacle = obstacle_to_triton(device.type, device.index, WITH_KERNEL[operation])
         if obstacle is not None:
             _warn_once(f"fastdistill runs its slower PyTorch path instead of its Triton kernels: {obstacle}")
         return "torch" if obstacle is not None else "triton"
@@ -41,18 +41,18 @@ def choose_impl(operation: str, impl: str | None, device: torch.device) -> str:
         if operation not in WITH_KERNEL:
             obstacle = f"{operation} has no Triton kernel in this version of fastdistill"
         else:
-            obstacle = obstacle_to_triton(device.type, device.index)
+            obstacle = obstacle_to_triton(device.type, device.index, WITH_KERNEL[operation])
         if obstacle is not None:
             raise RuntimeError(f"{source}='triton' was asked for, but {obstacle}: leave it out, or use 'torch'")
     return impl
 
 
-def obstacle_to_triton(device_type: str, index: int | None) -> str | None:
-    """Why the kernels cannot run on tensors of this device, in a clause, or None if they can.
+def obstacle_to_triton(device_type: str, index: int | None, file: str = "softmax_kl") -> str | None:
+    """Why the kernels of a file cannot run on tensors of this device, in a clause, or None if they can.
 
     They can on an NVIDIA GPU, and on whatever a Triton driver that was set, or Triton's interpreter, runs kernels on.
     """
-    return _obstacle(device_type, index)
+    return _obstacle(device_type, index, file)
 
 
 # What torch.compiler.assume_constant_result does, which would import torch._dynamo, and with it Triton, now.
@@ -60,7 +60,7 @@ obstacle_to_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _obstacle(device_type: str, index: int | None) -> str | None:
+def _obstacle(device_type: str, index: int | None, file: str) -> str | None:
     try:
         import triton
         from triton import knobs
@@ -80,21 +80,23 @@ def _obstacle(device_type: str, index: int | None) -> str | None:
             return f"the tensors are on {device_type!r}, and Triton runs on {served.type!r}"
         if target.backend != "cuda" or int(target.arch) < MIN_ARCHITECTURE:
             return f"the GPU is a {target.backend} {target.arch}, not an NVIDIA GPU from sm_{MIN_ARCHITECTURE} on"
-    return _trial(torch.device(device_type) if index is None else torch.device(device_type, index))
+    return _trial(file, torch.device(device_type) if index is None else torch.device(device_type, index))
 
 
-def _trial(device: torch.device) -> str | None:
+def _trial(file: str, device: torch.device) -> str | None:
     """Compile and launch the smallest case: what the compiler or the driver says if they cannot."""
     from fastdistill import ops
 
-    logits = torch.zeros(1, 1, device=device)
-    weights = torch.ones(1, device=device)
-    scalars = torch.ones(4, device=device)
+    rows, ones = torch.zeros(1, 1, device=device), torch.ones(4, device=device)
+    one = ones[:1]
     try:
-        _, statistics = ops.softmax_kl(
-            logits, logits.clone(), None, weights, scalars, "forward_kl", 1, False, 1, True, False, False
-        )
-        ops.softmax_kl_backward(weights, logits, logits.clone(), None, weights, scalars, statistics, "forward_kl", 1, 1)
+        if file == "softmax_kl":
+            form = "forward_kl", 1
+            _, statistics = ops.softmax_kl(rows, rows.clone(), None, one, ones, *form, False, 1, True, False, False)
+            ops.softmax_kl_backward(one, rows, rows.clone(), None, one, ones, statistics, *form, 1)
+        else:
+            loss, _, statistics = ops.layer_loss([rows], [rows.clone()], one, ones[0], one, "layer_norm")
+            ops.layer_loss_backward(loss, [rows], [rows.clone()], one, ones[0], one, statistics, "layer_norm")
     except Exception as error:  # whatever goes wrong in a compiler, its assembler or the driver is the cause to name
         return f"a trial of them failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None

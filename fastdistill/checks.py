@@ -103,7 +103,7 @@ def check_targets(targets: Any, leading: tuple[int, ...], beside: Tensor, ignore
     if tuple(targets.shape) != leading:
         raise ValueError(f"targets must have the student's leading shape {leading}, got {tuple(targets.shape)}")
     check_device("targets", targets, beside)
-    if _may_read(targets):
+    if may_read(targets):
         invalid = outside_vocabulary(targets, ignore_index, vocab)
         if invalid.any():
             raise ValueError(
@@ -126,7 +126,7 @@ def check_shared_ids(shared_ids: Any, vocabs: tuple[int, int], beside: Tensor) -
         if ids.ndim != 1 or len(ids) == 0:
             raise ValueError(f"{name} must be [K] with K of at least 1, got shape {tuple(ids.shape)}")
         check_device(name, ids, beside)
-        if _may_read(ids):
+        if may_read(ids):
             outside = ids[(ids < 0) | (ids >= vocab)]
             if len(outside) > 0:
                 raise ValueError(f"{name} must be in [0, {vocab}), got {int(outside[0])}")
@@ -150,7 +150,7 @@ def check_mask(mask: Any, leading: tuple[int, ...], beside: Tensor) -> None:
     check_device("mask", mask, beside)
     if mask.requires_grad and torch.is_grad_enabled():
         raise ValueError("mask requires a gradient, and none flows to it: pass mask.detach()")
-    if mask.dtype != torch.bool and _may_read(mask):
+    if mask.dtype != torch.bool and may_read(mask):
         wrong = mask[~((mask >= 0) & mask.isfinite())]
         if len(wrong) > 0:
             raise ValueError(f"mask must hold finite weights >= 0, got {wrong[0].item()} and {len(wrong) - 1} more")
@@ -163,7 +163,7 @@ def scalar(name: str, value: Any, *, above: float | None = None, at_least: float
             raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, and none flows to it: pass {name}.detach()")
-        if not _may_read(value):
+        if not may_read(value):
             return value
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -186,7 +186,7 @@ def whole_number(name: str, value: Any, *, at_least: int | None = None, at_most:
     return value
 
 
-def _may_read(tensor: Tensor) -> bool:
+def may_read(tensor: Tensor) -> bool:
     """Whether to look at values: not where the device would be waited for, nor where torch.compile is tracing."""
     if torch.compiler.is_compiling():
         return False

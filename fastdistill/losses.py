@@ -1,10 +1,8 @@
-"""The public losses on logits and on hidden states: check, align, choose the implementation, reduce."""
+"""softmax_kl, the loss on logits: check, align, choose the implementation, reduce."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +10,8 @@ from torch import Tensor
 from fastdistill import checks
 from fastdistill.align import common_positions, cut, mean, outside_vocabulary, shared_vocab_size, token_weights
 from fastdistill.backend import choose_impl
-from fastdistill.layer_loss_torch import token_errors
-from fastdistill.outputs import LayerLossOutput, LossOutput
-from fastdistill.reference import combine_layers, compute_dtype, layer_token_weights
+from fastdistill.outputs import LossOutput
+from fastdistill.reference import compute_dtype
 from fastdistill.rows import TokenRows, token_rows
 from fastdistill.softmax_kl_torch import SoftmaxKLOptions, TokenTerms, is_on
 from fastdistill.softmax_kl_torch import softmax_kl as softmax_kl_torch
@@ -117,8 +114,8 @@ def _softmax_kl_triton(
     options, weights = prepared.options, prepared.weights.contiguous()
     scalars, power = kernel_scalars(options, weights, has_teacher=teacher_logits is not None)
     terms, _ = ops.softmax_kl(
-        _with_unit_stride(student_logits),
-        None if teacher_logits is None else _with_unit_stride(teacher_logits.detach()),
+        with_unit_stride(student_logits),
+        None if teacher_logits is None else with_unit_stride(teacher_logits.detach()),
         None if prepared.targets is None else prepared.targets.contiguous(),
         weights,
         scalars,
@@ -133,9 +130,9 @@ def _softmax_kl_triton(
     return prepared.output_of(terms, has_teacher=teacher_logits is not None)
 
 
-def _with_unit_stride(logits: Tensor) -> Tensor:
-    """The logits, copied if neighbouring ids are not neighbours in memory."""
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+def with_unit_stride(rows: Tensor) -> Tensor:
+    """Logits or hidden states, copied if neighbours in a row are not neighbours in memory."""
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
 def kernel_scalars(options: SoftmaxKLOptions, beside: Tensor, *, has_teacher: bool) -> tuple[Tensor, int]:
@@ -147,10 +144,10 @@ def kernel_scalars(options: SoftmaxKLOptions, beside: Tensor, *, has_teacher: bo
     kl_scale = options.kl_weight * temperature**2 if options.temperature_squared else options.kl_weight
     numbers = (temperature, kl_scale, options.ce_weight, options.jsd_beta)
     is_power = not isinstance(temperature, Tensor) and temperature in (1.0, 2.0, 4.0)
-    return torch.stack([_on_device(number, beside) for number in numbers]), int(temperature) if is_power else 0
+    return torch.stack([number_on_device(number, beside) for number in numbers]), int(temperature) if is_power else 0
 
 
-def _on_device(value: float | Tensor, beside: Tensor) -> Tensor:
+def number_on_device(value: float | Tensor, beside: Tensor) -> Tensor:
     """A number as a 0-d tensor like `beside`, without a copy that the device would be waited for."""
     if isinstance(value, Tensor):
         return value.detach().to(beside)
@@ -307,108 +304,3 @@ def _check_inplace(student_logits: Tensor) -> None:
                 f"{tuple(student_logits.shape)} with strides {student_logits.stride()} (expanded or overlapping)"
             )
         span = stride * (size - 1) + span
-
-
-def layer_loss(
-    student_states: Sequence[Tensor],
-    teacher_states: Sequence[Tensor],
-    mask: Tensor | None = None,
-    *,
-    metric: str = "mse",
-    normalize: str = "none",
-    layer_weights: Sequence[float] | Tensor | None = None,
-    skip_first: int = 0,
-    num_tokens: float | Tensor | None = None,
-    impl: str | None = None,
-) -> LayerLossOutput:
-    """Distance between mapped hidden states, a mean per element over the tokens that count.
-
-    A layer's loss is `sum_i w_i error_i / num_tokens`; `loss` is the mean over layers, weighted by `layer_weights`.
-    Gradients go to the student's states alone.
-
-    Args:
-        student_states, teacher_states: one tensor a mapped layer, `[B, S, D]` or `[N, D]`, equal D within a pair;
-            `[B, S, D]` of unequal S are cut to the shorter.
-        mask: `[B, S]` or `[N]`; bool, or a weight >= 0 a token.
-        metric: "mse", or "cosine" for 1 - cos (1e-5 is added to each norm).
-        normalize: for "mse": "none" for `mean_d (s - t)^2`, which in a residual stream is ruled by a few huge
-            channels; "layer_norm" for both vectors normalised over D first (eps 1e-5), within [0, 4], 2 for
-            unrelated ones; "teacher_rms" for division by the teacher vector's mean square + 1e-5.
-        layer_weights: one weight >= 0 a layer; default equal.
-        skip_first: how many first positions of each sequence to leave out (the attention sink carries activations
-            thousands of times the rest); `[B, S, D]` states only.
-        num_tokens: divisor; default the sum of the weights. A divisor of 0 gives loss 0 and gradient 0.
-        impl: as in `softmax_kl`.
-
-    Raises:
-        ValueError: for a wrong argument, with its name.
-        RuntimeError: for an `impl` asked for that cannot be had.
-    """
-    checks.check_choice("metric", metric, ("mse", "cosine"))
-    checks.check_choice("normalize", normalize, ("none", "layer_norm", "teacher_rms"))
-    if metric == "cosine" and normalize != "none":
-        raise ValueError(f"normalize must be 'none' for metric='cosine', got {normalize!r}")
-    checks.check_sequence("student_states", student_states)
-    checks.check_sequence("teacher_states", teacher_states)
-    student_states, teacher_states = list(student_states), list(teacher_states)
-    _check_states(student_states, teacher_states)
-    layer_weights = _check_layer_weights(layer_weights, len(student_states))
-    checks.whole_number("skip_first", skip_first, at_least=0)
-    leading = tuple(student_states[0].shape[:-1])
-    if skip_first and len(leading) == 1:
-        raise ValueError(f"skip_first must be 0 for [N, D] states, whose positions are unknown, got {skip_first}")
-    if mask is not None:
-        checks.check_mask(mask, leading, student_states[0])
-        mask = mask.detach()
-    choose_impl("layer_loss", impl, student_states[0].device)
-
-    per_layer = []
-    for student, teacher in zip(student_states, teacher_states, strict=True):
-        shape = common_positions(student, teacher)
-        weights = layer_token_weights(shape, mask, skip_first, compute_dtype(student), student.device)
-        rows = token_rows(weights, None, drop_uncounted=student.device.type == "cpu")
-        errors = token_errors(student, teacher, rows, metric, normalize)
-        per_layer.append(mean(errors.sum(), count_tokens(num_tokens, weights)))
-    return combine_layers(per_layer, layer_weights)
-
-
-def _check_states(student_states: list[Tensor], teacher_states: list[Tensor]) -> None:
-    if not student_states:
-        raise ValueError("student_states must hold at least one layer, got none")
-    if len(teacher_states) != len(student_states):
-        raise ValueError(
-            f"teacher_states must hold a layer for each of the {len(student_states)} student_states, "
-            f"got {len(teacher_states)}"
-        )
-    first = student_states[0]
-    for i, (student, teacher) in enumerate(zip(student_states, teacher_states, strict=True)):
-        names = f"student_states[{i}]", f"teacher_states[{i}]"
-        for name, state in zip(names, (student, teacher), strict=True):
-            checks.check_float_tensor(name, state, (2, 3), "[B, S, D] or [N, D]")
-        if student.shape[:-1] != first.shape[:-1]:
-            raise ValueError(
-                f"{names[0]} must have the leading shape {tuple(first.shape[:-1])} of student_states[0], "
-                f"got {tuple(student.shape)}"
-            )
-        checks.check_device(names[0], student, first)
-        checks.check_pair(names[0], student, names[1], teacher)
-        if teacher.shape[-1] != student.shape[-1]:
-            raise ValueError(
-                f"{names[1]} must have the width {student.shape[-1]} of {names[0]}, got {teacher.shape[-1]}: "
-                "project one of them first"
-            )
-        checks.check_teacher_is_constant(names[1], teacher)
-
-
-def _check_layer_weights(layer_weights: Any, layers: int) -> list[float] | Tensor | None:
-    if layer_weights is None:
-        return None
-    try:
-        weights = torch.as_tensor(layer_weights, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"layer_weights must hold numbers, got {layer_weights!r}") from error
-    if tuple(weights.shape) != (layers,):
-        raise ValueError(f"layer_weights must hold one weight for each of {layers} layers, got {layer_weights!r}")
-    if not bool(((weights >= 0) & weights.isfinite()).all()) or not weights.sum() > 0:
-        raise ValueError(f"layer_weights must be finite, >= 0 and not all 0, got {layer_weights!r}")
-    return weights.tolist()

@@ -134,3 +134,71 @@ def _backward(ctx: Any, dterms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 softmax_kl.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("fastdistill::layer_loss", mutates_args=())
+def layer_loss(
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: Tensor,
+    num_tokens: Tensor,
+    factors: Tensor,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, each layer's own, and the statistics for backward, of layers that one launch can take.
+
+    Only the loss is differentiable, and in `students` alone. The arguments are those of
+    `kernels.layer_loss.layer_loss_stats`.
+    """
+    from fastdistill.kernels.layer_loss import layer_loss_stats
+
+    return layer_loss_stats(weights, students, teachers, num_tokens, factors, form=form)
+
+
+@layer_loss.register_fake
+def _(students, teachers, weights, num_tokens, factors, form):
+    from fastdistill.kernels.layer_loss import SAVED
+
+    saved = SAVED[form], len(students), weights.numel()
+    return weights.new_empty(()), weights.new_empty(len(students)), weights.new_empty(saved)
+
+
+@torch.library.custom_op("fastdistill::layer_loss_backward", mutates_args=())
+def layer_loss_backward(
+    dloss: Tensor,
+    students: list[Tensor],
+    teachers: list[Tensor],
+    weights: Tensor,
+    num_tokens: Tensor,
+    factors: Tensor,
+    statistics: Tensor,
+    form: str,
+) -> list[Tensor]:
+    """The gradient in each of `students` of the loss times `dloss`."""
+    from fastdistill.kernels.layer_loss import layer_loss_grad
+
+    return layer_loss_grad(dloss, students, teachers, weights, num_tokens, factors, statistics, form=form)
+
+
+@layer_loss_backward.register_fake
+def _(dloss, students, *_):
+    return [torch.empty_like(student, memory_format=torch.contiguous_format) for student in students]
+
+
+def _keep_layers(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    students, teachers, weights, num_tokens, factors, form = inputs
+    ctx.set_materialize_grads(False)  # or zeros as large as the statistics would come for them
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*students, *teachers, weights, num_tokens, factors, output[2])
+    ctx.layers, ctx.form = len(students), form
+
+
+@first_derivative_only
+def _differentiate_layers(ctx: Any, dloss: Tensor, *_: None) -> tuple[list[Tensor] | list[None] | None, ...]:
+    students, teachers = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers : 2 * ctx.layers]
+    rest = ctx.saved_tensors[2 * ctx.layers :]
+    grads = layer_loss_backward(dloss, list(students), list(teachers), *rest, ctx.form)
+    return grads, [None] * ctx.layers, *(None,) * 4
+
+
+layer_loss.register_autograd(_differentiate_layers, setup_context=_keep_layers)

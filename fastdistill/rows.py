@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,6 +46,24 @@ class TokenRows:
             rows = self.sequence * tensor.shape[1] + self.position
             return tensor.flatten(0, 1).index_select(0, rows).to(dtype)
         return tensor[self.sequence, self.position].to(dtype)
+
+    def neighbours(self, tensor: Tensor) -> Tensor | None:
+        """The rows of `tensor` as a view `[n, X]`, where they lie one after another; else, and on a GPU, None.
+
+        There it would have to be waited for to know.
+        """
+        if tensor.device.type != "cpu" or len(self) == 0:
+            return None
+        tensor = _as_sequences(tensor)
+        if tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
+            return None
+        first, last = (sequence * tensor.shape[1] + position for sequence, position in self._ends)
+        return tensor.flatten(0, 1)[first : last + 1] if last - first == len(self) - 1 else None
+
+    @cached_property
+    def _ends(self) -> list[list[int]]:
+        """The places of the first row and the last."""
+        return torch.stack([self.sequence[[0, -1]], self.position[[0, -1]]], 1).tolist()
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write `values` `[n, ...]` into the rows of `tensor` `[B, S, ...]` or `[N, ...]`."""

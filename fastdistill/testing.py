@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastdistill import checks, losses, softmax_kl_torch
+from fastdistill import checks, layerwise, losses, softmax_kl_torch
 from fastdistill.backend import WITH_KERNEL, obstacle_to_triton
 from fastdistill.rows import token_rows
 
@@ -25,7 +25,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def impls_of(operation: str) -> list[str]:
     """Implementations of an operation that run here, which every parity test of it is run on."""
-    has_kernel = operation in WITH_KERNEL and obstacle_to_triton(DEVICE, None) is None
+    has_kernel = operation in WITH_KERNEL and obstacle_to_triton(DEVICE, None, WITH_KERNEL[operation]) is None
     return ["torch", "triton"] if has_kernel else ["torch"]
 
 
@@ -217,8 +217,9 @@ def assert_gradient_close(gradient: Tensor, truth: Tensor, eager: Tensor) -> Non
 
 def read_nothing(monkeypatch: Any) -> None:
     """Send the PyTorch paths the way that they take on a GPU, where a value that is read must be waited for."""
-    monkeypatch.setattr(checks, "_may_read", lambda tensor: False)
-    monkeypatch.setattr(losses, "token_rows", lambda *given, drop_uncounted: token_rows(*given, drop_uncounted=False))
+    monkeypatch.setattr(checks, "may_read", lambda tensor: False)
+    for module in (losses, layerwise):
+        monkeypatch.setattr(module, "token_rows", lambda *x, drop_uncounted: token_rows(*x, drop_uncounted=False))
     monkeypatch.setattr(softmax_kl_torch, "_may_hold_neg_inf", lambda *logs: True)
 
 

@@ -80,6 +80,49 @@ def row_plan(rows: int, row_bytes: int, *, reads_twice: bool = False) -> LaunchP
     return LaunchPlan(WARPS, splits)
 
 
+ELEMENTS = 32
+"""Elements of a row that a thread holds of each of two tensors: the fewest warps a row, to which its sums must be
+brought together, that leave it room in 128 registers."""
+
+LOOSE_ELEMENTS = 16
+"""The same where rows do not begin on 16-byte boundaries: each element then has an address of its own."""
+
+MAX_COLUMNS = ELEMENTS * WARP * WARPS
+
+MAX_TILES = 16
+"""Tiles of a program one after another, for which it finds its layer once and leaves one sum."""
+
+RESIDENT_WARPS = 16
+"""That an SM holds at least, at 128 registers a thread."""
+
+WAVES = 4
+"""Times that all SMs are filled, or more: fewer would leave some without work at the end."""
+
+
+class TilePlan(NamedTuple):
+    """Programs of `tiles` tiles [rows, columns], enough for all rows of a layer; a row may be several tiles wide."""
+
+    warps: int
+    rows: int
+    columns: int
+    tiles: int
+    programs: int
+
+
+def tile_plan(layers: int, rows: int, width: int) -> TilePlan:
+    """The launch of `layers` times `rows` rows of `width` elements, each row held whole if it is not too wide."""
+    columns = min(1 << (width - 1).bit_length(), MAX_COLUMNS)
+    if knobs.runtime.interpret:  # large tiles, and several of each of several programs, to run that way too
+        tile_rows, warps, wanted = max(1, 4 * MAX_COLUMNS // columns), 1, 2 * layers
+    else:
+        of_a_warp = WARP * (LOOSE_ELEMENTS if width % 8 else ELEMENTS)
+        warps, tile_rows = max(1, columns // of_a_warp), max(1, of_a_warp // columns)
+        wanted = WAVES * _current_architecture().sms * RESIDENT_WARPS // warps
+    count = -(-rows // tile_rows)
+    tiles = max(1, min(MAX_TILES, layers * count // wanted))
+    return TilePlan(warps, tile_rows, columns, tiles, -(-count // tiles))
+
+
 def vector_length(*itemsizes: int) -> int:
     """Elements a lane reads at a time of tensors with these item sizes: 16 bytes of the widest."""
     return VECTOR_BYTES // max(itemsizes)

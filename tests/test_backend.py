@@ -37,7 +37,8 @@ def test_an_operation_without_a_kernel_and_a_cpu_get_pytorch_without_a_word(obst
     obstacle(None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_impl("layer_loss", None, GPU) == "torch"
+        assert choose_impl("layer_loss", None, CPU) == "torch"
+        assert choose_impl("sorted-probability matching", None, GPU) == "torch"
         assert choose_impl("softmax_kl", None, CPU) == "torch"
 
 
@@ -58,8 +59,8 @@ def test_an_explicit_choice_never_falls_back(source, obstacle, monkeypatch):
         monkeypatch.setenv(source, "triton")
     with pytest.raises(RuntimeError, match=f"{source}='triton' was asked for, but the moon is full"):
         choose_impl("softmax_kl", impl, GPU)
-    with pytest.raises(RuntimeError, match=f"{source}='triton' was asked for, but layer_loss has no Triton kernel"):
-        choose_impl("layer_loss", impl, GPU)
+    with pytest.raises(RuntimeError, match=f"{source}='triton' was asked for, but no_operation has no Triton kernel"):
+        choose_impl("no_operation", impl, GPU)
 
 
 def test_the_argument_beats_the_environment_which_beats_the_device(obstacle, monkeypatch):
@@ -100,10 +101,11 @@ def driver(monkeypatch):
 def test_a_p100_is_tried_whatever_pytorch_says_of_it(driver, monkeypatch):
     driver(Driver())
     tried = []
-    monkeypatch.setattr(backend, "_trial", tried.append)
+    monkeypatch.setattr(backend, "_trial", lambda *what: tried.append(what))
     assert obstacle_to_triton("cuda", 0) is None
     assert obstacle_to_triton("cuda", 0) is None
-    assert tried == [GPU]
+    assert obstacle_to_triton("cuda", 0, "layer_loss") is None
+    assert tried == [("softmax_kl", GPU), ("layer_loss", GPU)]
 
 
 @pytest.mark.parametrize(
@@ -130,12 +132,15 @@ def test_a_missing_triton_is_named(monkeypatch):
     assert "Triton cannot be imported" in str(obstacle_to_triton("cuda", 0))
 
 
-def test_what_a_compiler_says_of_the_trial_is_the_cause(monkeypatch):
+@pytest.mark.parametrize("file", ["softmax_kl", "layer_loss"])
+def test_what_a_compiler_says_of_the_trial_is_the_cause(file, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("ptxas fatal:\n  Value 'sm_60' is not defined")
 
-    monkeypatch.setattr(ops, "softmax_kl", fail)
-    assert backend._trial(CPU) == "a trial of them failed: RuntimeError: ptxas fatal: Value 'sm_60' is not defined"
+    monkeypatch.setattr(ops, file, fail)
+    assert (
+        backend._trial(file, CPU) == "a trial of them failed: RuntimeError: ptxas fatal: Value 'sm_60' is not defined"
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

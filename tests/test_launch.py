@@ -9,7 +9,15 @@ import pytest
 pytest.importorskip("triton", reason="Triton is installed on Linux x86_64 alone")
 
 from fastdistill.kernels import launch
-from fastdistill.kernels.launch import ARCHITECTURES, MAX_SPLITS, row_plan, vector_length
+from fastdistill.kernels.launch import (
+    ARCHITECTURES,
+    MAX_COLUMNS,
+    MAX_SPLITS,
+    MAX_TILES,
+    row_plan,
+    tile_plan,
+    vector_length,
+)
 
 ROW = 2 * 128256
 """Bytes of a row of Llama 3's vocabulary in a half precision."""
@@ -59,3 +67,20 @@ def test_an_architecture_that_is_not_in_the_table_is_as_the_one_before_it(monkey
 
 def test_a_vector_is_16_bytes_of_the_widest_type():
     assert [vector_length(*sizes) for sizes in ((2, 2), (2, 4), (4, 4), (8, 2))] == [8, 4, 4, 2]
+
+
+@pytest.mark.parametrize("width", [1, 8, 127, 576, 768, 1024, 4096, 5120, 8191, 8192, 16384])
+@pytest.mark.parametrize(("layers", "rows"), [(1, 1), (6, 1024), (32, 8192), (3, 0)])
+def test_tiles_cover_the_rows_and_hold_them_whole_up_to_8192_columns(arch, layers, rows, width):
+    plan = tile_plan(layers, rows, width)
+    held = 16 if width % 8 else 32
+    assert plan.rows * plan.columns == held * 32 * plan.warps
+    assert plan.columns >= min(width, MAX_COLUMNS)
+    assert plan.columns < 2 * width
+    assert plan.warps in (1, 2, 4, 8, 16)
+    assert (plan.programs - 1) * plan.tiles * plan.rows < rows <= plan.programs * plan.tiles * plan.rows or rows == 0
+
+
+def test_programs_have_several_tiles_only_where_every_sm_has_more_than_enough(arch):
+    assert tile_plan(6, 1024, 768).tiles == 1
+    assert tile_plan(32, 8192, 4096).tiles == MAX_TILES

@@ -321,6 +321,54 @@ def test_loss_is_the_weighted_mean_over_layers(function):
 
 
 @each_impl
+@each_form
+def test_a_layer_of_weight_0_may_hold_anything(metric, normalize, impl):
+    arguments = states(B, S, D) | {"metric": metric, "normalize": normalize, "layer_weights": [1, 0, 3]}
+    function = partial(layer_loss, impl=impl)
+    clean, clean_gradients = differentiate(function, arguments, STATES)
+    arguments["student_states"][1] = torch.full_like(arguments["student_states"][1], torch.nan)
+    output, gradients = differentiate(function, arguments, STATES)
+    assert torch.equal(output.loss, clean.loss)
+    assert torch.equal(output.per_layer.isnan(), torch.tensor([False, True, False], device=DEVICE))
+    assert all(map(torch.equal, gradients, clean_gradients))
+    assert (gradients[1] == 0).all()
+
+
+@each_impl
+@pytest.mark.parametrize("layers", [1, 2, 31, 32, 33, 65])
+def test_any_number_of_layers_matches_the_definition(layers, impl):
+    arguments = random_states(B, S, D, layers=layers) | {"mask": WEIGHTS, "normalize": "layer_norm"}
+    assert_matches_definition(arguments, impl)
+
+
+@each_impl
+@each_form
+@pytest.mark.parametrize("width", [8193, 16384, 20001])
+def test_a_width_beyond_one_tile_matches_the_definition(width, metric, normalize, impl):
+    """The first tile has a mean far from the rest's."""
+    arguments = random_states(3, width) | {"metric": metric, "normalize": normalize}
+    for (state,) in (arguments["student_states"], arguments["teacher_states"]):
+        state[:, :8192] += 100
+        state[1, 5] = 23_000
+    assert_matches_definition(arguments, impl)
+
+
+@each_impl
+@each_form
+def test_layers_of_several_kinds_match_the_definition(metric, normalize, impl):
+    """Of other widths, dtypes, lengths and layouts, in no order."""
+    kinds = [random_states(B, S, D), random_states(B, S, D + 3), random_states(B, S, D, dtype=torch.float16)]
+    kinds.append(random_states(B, S, D, dtype=torch.bfloat16) if DEVICE == "cuda" else random_states(B, S, 2))
+    kinds.append({name: [x[:, ::2] for x in y] for name, y in random_states(B, 2 * S, D).items()})
+    kinds.append(random_states(B, S, D) | {"teacher_states": random_states(B, S - 2, D)["teacher_states"]})
+    arguments = {name: [x for kind in kinds * 2 for x in kind[name]] for name in ("student_states", "teacher_states")}
+    arguments |= {"mask": WEIGHTS, "layer_weights": range(1, 13), "metric": metric, "normalize": normalize}
+    for i in (1, 4):
+        arguments["student_states"][i] = arguments["student_states"][i].clone()
+    assert_matches_definition(arguments, impl)
+
+
+@each_impl
 def test_only_the_loss_carries_a_gradient_and_only_to_the_student(impl):
     arguments = states(B, S, D)
     assert not layer_loss(**arguments, impl=impl).loss.requires_grad

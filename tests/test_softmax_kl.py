@@ -654,7 +654,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong(use, impl):
 
 @each_impl
 def test_invalid_targets_that_are_not_read_do_not_count_and_are_counted(impl, monkeypatch):
-    monkeypatch.setattr(checks, "_may_read", lambda tensor: False)
+    monkeypatch.setattr(checks, "may_read", lambda tensor: False)
     invalid, ignored = TARGETS.clone(), TARGETS.clone()
     invalid[0, :3], ignored[0, :3] = torch.tensor([-1, V, 10**9]), -100
     arguments = random_logits(B, S, V) | {"ce_weight": 1.0}

@@ -278,11 +278,31 @@ def _load_parameter(instruction: Instruction, machine: Machine, type_: str) -> S
         case target, Address(Symbol(name), offset) if name in machine.parameters:
             result, dtype = machine.result(target, type_, wider=True), np.dtype(DTYPES[type_])
             value = machine.parameters[name][offset : offset + dtype.itemsize].view(dtype)
+        case target, Address(Register()) as address:
+            return _load_addressed_parameter(instruction, machine, type_, target, address)
         case _:
             raise Unsupported("these operands are not known")
 
     def load(mask: Mask) -> None:
         np.copyto(result, value, where=mask)
+
+    return load
+
+
+def _load_addressed_parameter(
+    instruction: Instruction, machine: Machine, type_: str, target: Operand, address: Operand
+) -> Step:
+    """From the address of a parameter, which `mov` takes: of several tensors' pointers the compiler picks one so."""
+    result, dtype = machine.result(target, type_, wider=True), np.dtype(DTYPES[type_])
+    addresses, offset = machine.address(address)
+    space = machine.parameter_space.view(dtype)
+
+    def load(mask: Mask) -> None:
+        places = np.where(mask, addresses + offset, 0)
+        bad = (places % dtype.itemsize != 0) | (places < 0) | (places >= len(machine.parameter_space))
+        if bad.any():
+            raise machine.fault("no parameter's address", int(bad.argmax()), instruction)
+        np.copyto(result, space[places // dtype.itemsize], where=mask)
 
     return load
 

@@ -62,7 +62,8 @@ class Machine:
         self.registers: dict[str, Array] = {
             name: np.zeros(self.lanes, DTYPES[type_]) for name, type_ in program.registers.items()
         }
-        self.parameters = {name: np.zeros(8, np.uint8) for name in program.parameters}
+        self.parameter_space = np.zeros(8 * len(program.parameters), np.uint8)
+        self.parameters = {name: self.parameter_space[8 * i : 8 * i + 8] for i, name in enumerate(program.parameters)}
         self.thread = np.tile(np.arange(program.threads, dtype=np.uint32), blocks)
         self.block = [np.zeros(self.lanes, np.uint32) for _ in "xyz"]
         self.grid = [np.zeros(1, np.uint32) for _ in "xyz"]
@@ -124,6 +125,8 @@ class Machine:
                 bits = self.specials[name]
             case Symbol(name) if name == self.program.shared:
                 bits = np.zeros(1, f"u{size}")
+            case Symbol(name) if name in self.parameters and size == 8:
+                bits = np.array([8 * list(self.parameters).index(name)], np.uint64)
             case Immediate(value, None) if type_ == "pred":
                 bits = np.array([value != 0])
             case Immediate(value, width) if width in (None, 8 * size):

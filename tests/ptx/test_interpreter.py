@@ -173,6 +173,27 @@ def test_parameters_hold_their_arguments():
     assert result.tolist() == [-7, 0x3FC00000, 6, 5, -255, -1, -7, 5, 0, 0x40040000]
 
 
+def test_a_parameter_may_be_read_from_its_address():
+    result = out(64)
+    run(
+        """mov.b64 %d0, a1; mov.b64 %d1, a2; setp.lt.u32 %p0, %t, 9; selp.b64 %d2, %d0, %d1, %p0;
+        ld.param.b64 %d3, [%d2]; ld.param.b32 %r0, [%d2+4]; mad.wide.u32 %d4, %t, 8, %x;
+        cvt.u32.u64 %r1, %d3; st.global.b32 [%d4], %r1; st.global.b32 [%d4+4], %r0;""",
+        result,
+        (5 << 32) + 6,
+        (7 << 32) + 8,
+        types=["u64", "u64", "u64"],
+    )
+    assert result.view(32, 2).tolist() == [[6, 5]] * 9 + [[8, 7]] * 23
+
+
+@pytest.mark.parametrize("offset", [-8, 1, 16])
+def test_an_address_of_no_parameter_is_a_fault(offset):
+    body = f"mov.b64 %d0, a0; setp.eq.u32 %p0, %t, 5; @%p0 add.s64 %d0, %d0, {offset}; ld.param.b64 %d1, [%d0];"
+    with pytest.raises(Fault, match="no parameter's address, thread 5 "):
+        run(body, out(1), 0, types=["u64", "u64"])
+
+
 def test_blocks_know_where_they_are():
     result = out(2 * 3 * 4)
     run(
