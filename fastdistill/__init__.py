@@ -11,7 +11,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from fastdistill.align import shift_targets
 from fastdistill.cross_vocab import linear_cross_vocab_kl
 from fastdistill.fused_linear import linear_softmax_kl
-from fastdistill.layerwise import layer_loss
+from fastdistill.hidden_states import layer_loss
 from fastdistill.losses import softmax_kl
 from fastdistill.outputs import CrossVocabOutput, LayerLossOutput, LossOutput
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastdistill import checks, layerwise, losses, softmax_kl_torch
+from fastdistill import checks, hidden_states, losses, softmax_kl_torch
 from fastdistill.backend import WITH_KERNEL, obstacle_to_triton
 from fastdistill.rows import token_rows
 
@@ -218,7 +218,7 @@ def assert_gradient_close(gradient: Tensor, truth: Tensor, eager: Tensor) -> Non
 def read_nothing(monkeypatch: Any) -> None:
     """Send the PyTorch paths the way that they take on a GPU, where a value that is read must be waited for."""
     monkeypatch.setattr(checks, "may_read", lambda tensor: False)
-    for module in (losses, layerwise):
+    for module in (losses, hidden_states):
         monkeypatch.setattr(module, "token_rows", lambda *x, drop_uncounted: token_rows(*x, drop_uncounted=False))
     monkeypatch.setattr(softmax_kl_torch, "_may_hold_neg_inf", lambda *logs: True)
 

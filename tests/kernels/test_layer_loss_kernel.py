@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastdistill import layer_loss, layerwise, ops, reference
+from fastdistill import hidden_states, layer_loss, ops, reference
 from fastdistill.kernels import layer_loss as kernels
 from fastdistill.kernels.launch import TilePlan
 from fastdistill.testing import DEVICE, assert_matches, differentiate, random_mask, random_states
@@ -54,7 +54,7 @@ def test_no_gradient_is_made_for_a_layer_that_wants_none(launched):
 
 
 def test_as_many_layers_as_the_public_function_believes_fit_one_launch():
-    assert layerwise.MAX_LAUNCHED == kernels.MAX_LAYERS
+    assert hidden_states.MAX_LAUNCHED == kernels.MAX_LAYERS
 
 
 @pytest.mark.parametrize(("metric", "normalize"), FORMS)
