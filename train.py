@@ -100,6 +100,8 @@ def run(config: Config, output: Path) -> None:
             set_seed(seed)
             student, layer_map = obtain_student(recipe, teacher_model, all_text.sample, output / "student_layers.json")
             module = DistillationModule.of(recipe, student, layer_map, pairing)
+            if recipe.layerwise_weight and seed == config.seed:
+                print(layer_map.picture(recipe.projection))
             folder = output / f"seed-{seed}" / name
             stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer)
             result = train(stage, module, teacher, accelerator)

@@ -92,6 +92,18 @@ class Config:
     kd_weight: float = _flag(0.5, "weight of T^2 KL(teacher || student)")
     lm_weight: float = _flag(0.5, "weight of the next-token cross-entropy")
     layerwise_weight: float = _flag(0.0, "weight of the layerwise loss: 1 - correlation of mapped hidden states")
+    layer_map: str = _flag(
+        "auto",
+        "which blocks' outputs the layerwise loss compares: auto (the teacher's that the student was made of,\n"
+        "else uniform), uniform, last, skip, or pairs student:teacher as 0:1,-1:-1 (--layer-map=-1:-1 where\n"
+        "a minus comes first)",
+    )
+    projection: str = _flag(
+        "learned",
+        "where student and teacher differ in width, what brings the student's states to the teacher's:\n"
+        "a matrix that is learned beside the student, or fixed as the identity",
+        ("learned", "fixed"),
+    )
     temperature: float = _flag(2.0, "T of both softmaxes")
     divergence: str = _flag("forward_kl", "which divergence", ("forward_kl", "reverse_kl", "jsd"))
 

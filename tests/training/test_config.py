@@ -54,6 +54,7 @@ def test_a_config_file_is_a_base_for_flags(tmp_path):
         (["--temperature", "-2"], "--temperature must be greater than 0, got -2"),
         (["--kd-weight", "-1"], "--kd-weight must be at least 0, got -1"),
         (["--divergence", "kl"], "--divergence must be one of forward_kl, reverse_kl, jsd, got 'kl'"),
+        (["--projection", "free"], "--projection must be one of learned, fixed, got 'free'"),
         (["--seq-len", "1"], "--seq-len must be at least 2"),
         (["--data-share", "1.5"], r"--data-share must be in \(0, 1\], got 1.5"),
         (["--kd-weight", "0", "--lm-weight", "0", "--layerwise-weight", "0"], "are all 0"),

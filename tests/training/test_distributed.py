@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastdistill import linear_chunks
 from fastdistill.training.blocks import Batch, collate, cut
+from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.tokens import Tokens
 
@@ -28,16 +29,17 @@ LAYER_MAP = [(0, 1), (1, 3)]
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 
 
-def model(layers: int, seed: int) -> GPT2LMHeadModel:
+def model(layers: int, width: int, seed: int) -> GPT2LMHeadModel:
     """Its head is its embedding."""
     torch.manual_seed(seed)
-    shape: dict[str, Any] = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_head": 2, "n_layer": layers}
+    shape: dict[str, Any] = {"vocab_size": 40, "n_positions": 16, "n_embd": width, "n_head": 2, "n_layer": layers}
     return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def module_and_teacher() -> tuple[DistillationModule, Teacher]:
-    module = DistillationModule(model(2, seed=0), Weights(kd=0.5, lm=0.5, layerwise=0.5), layer_map=LAYER_MAP)
-    return module, Teacher(model(4, seed=1))
+    layerwise = LayerwiseLoss(LAYER_MAP, widths=(16, 24))
+    module = DistillationModule(model(2, 16, seed=0), Weights(kd=0.5, lm=0.5, layerwise=0.5), layerwise=layerwise)
+    return module, Teacher(model(4, 24, seed=1))
 
 
 def batches() -> list[Batch]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill.training.loading import load
 from fastdistill.training.objective import DistillationModule, Losses
@@ -92,6 +92,50 @@ def test_a_resumed_run_has_the_student_that_it_began_with(run, monkeypatch):
     stopped = run("stopped", resume=True)
     assert json.loads((stopped / "student_layers.json").read_text()) == layers
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(stopped).items())
+
+
+@pytest.fixture(scope="module")
+def narrow_student(tmp_path_factory, teacher_folder) -> Path:
+    """A student that is not made of the teacher: three blocks, half as wide, with the teacher's tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "narrow"
+    config = AutoConfig.from_pretrained(teacher_folder)
+    config.update({"n_embd": 16, "n_layer": 3})
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("projection", ["learned", "fixed"])
+def test_a_student_of_another_width_trains_goes_on_and_is_exported_bare(
+    run, records, narrow_student, projection, capsys
+):
+    flags = {"student": narrow_student, "projection": projection, "max_steps": 4}
+    whole = run("whole", **flags)
+    assert (
+        f"layers compared (uniform), states of width 16, projected to 32 ({projection}):\n"
+        "  teacher  0  1  2  3\n"
+        "  student  .  0  1  2\n"
+    ) in capsys.readouterr().out
+    run("stopped", stop_at=3, **flags)
+    stopped = run("stopped", resume=True)
+    assert_same_run(stopped, whole, records)
+    first, last = ("step-00000003", "step-00000004")
+    saved = [
+        {name: tensor for name, tensor in load_file(path).items() if "projection" in name}
+        for path in (
+            stopped / STAGE / "checkpoints" / first / "model.safetensors",
+            stopped / STAGE / "checkpoints" / last / "model.safetensors",
+            whole / STAGE / "checkpoints" / last / "model.safetensors",
+        )
+    ]
+    assert [tuple(tensor.shape) for tensor in saved[0].values()] == [(32, 16)] * 3
+    for name, tensor in saved[0].items():
+        assert torch.equal(saved[1][name], saved[2][name])
+        assert torch.equal(tensor, saved[1][name]) == torch.equal(tensor, torch.eye(32, 16)) == (projection == "fixed")
+    untrained = load_file(narrow_student / "model.safetensors")
+    for folder in (stopped / "student", stopped / STAGE / "best", stopped / STAGE / "last"):
+        assert load_file(folder / "model.safetensors").keys() == untrained.keys()
 
 
 @pytest.mark.parametrize("packing", ["stream", "padded"])
@@ -282,6 +326,7 @@ def test_a_taken_output_folder_is_left_alone(run, tmp_path, capsys):
         ({"data": "absent.txt"}, "--data absent.txt: No such file or directory"),
         ({"teacher": "absent"}, "cannot load the model absent"),
         ({"student_layers": "7"}, "--student-layers must rise within the teacher's layers 0 to 3, got '7'"),
+        ({"layer_map": "0:4"}, "--layer-map 0:4: the teacher's blocks are 0 to 3, or -4 to -1, got 4"),
         ({"seq_len": 64}, "--seq-len 64 is more than the 16 positions of the teacher"),
         ({"precision": "fp16"}, "--precision fp16 needs a CUDA GPU"),
     ],

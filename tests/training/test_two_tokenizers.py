@@ -204,11 +204,6 @@ def test_little_in_common_is_warned_of(text_file):
     assert "warning: below 20%" in few
 
 
-def test_a_layerwise_loss_between_tokenizers_is_refused(run, student_folder, capsys):
-    run(student=student_folder, layerwise_weight=0.5, expect=2)
-    assert "--layerwise-weight needs a layer map" in capsys.readouterr().err
-
-
 def test_a_divergence_that_sorted_probabilities_do_not_know_is_refused(run, student_folder, capsys):
     run(student=student_folder, layerwise_weight=0.0, cross_vocab="sorted", divergence="jsd", expect=2)
     assert "--divergence jsd is for --cross-vocab shared" in capsys.readouterr().err
