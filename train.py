@@ -186,7 +186,7 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
     folder.mkdir(parents=True, exist_ok=True)
     steps, window = total_steps(recipe, text), recipe.batch_size * recipe.grad_accum
     walk, pairing = text.walk(stage.seed), module.pairing
-    student, weights, teacher_layers = module.student, module.weights, module.teacher_layers
+    student, weights, teacher_layers, count = module.student, module.weights, module.teacher_layers, module.count
     module, optimizer = accelerator.prepare(module, make_optimizer(module, recipe))
 
     # Where the run stands. All of it goes into a checkpoint, and nothing else is needed to go on exactly.
@@ -233,7 +233,7 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
             blocks = sorted(walk.take(samples, window), key=lambda block: len(block[0].ids))
             parts = [blocks[i : i + recipe.batch_size] for i in range(0, window, recipe.batch_size)]
             batches = [collate(part, accelerator.device, align=pairing.align) for part in parts]
-            counts = DistillationModule.count(batches)
+            counts = count(batches)
             samples += window
             sums: dict[str, torch.Tensor] = {}
             for batch in batches:

@@ -196,10 +196,11 @@ class DistillationModule(nn.Module):
             raw["kd"] = crossed.loss.detach()
         return total, raw
 
-    @staticmethod
-    def count(batches: Sequence[Batch]) -> TokenCounts:
+    def count(self, batches: Sequence[Batch]) -> TokenCounts:
         """Divisors of a window of micro-batches."""
         targets = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
-        states = torch.stack([batch.mask.sum() for batch in batches]).sum()
+        states = torch.zeros_like(targets)
+        if self.layerwise:
+            states = torch.stack([self.layerwise.compared(batch).sum() for batch in batches]).sum()
         pairs = [len(batch.pairs.row) for batch in batches if batch.pairs is not None]
         return TokenCounts(targets, torch.tensor(sum(pairs)).to(targets.device) if pairs else targets, states)

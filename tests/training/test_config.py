@@ -55,6 +55,15 @@ def test_a_config_file_is_a_base_for_flags(tmp_path):
         (["--kd-weight", "-1"], "--kd-weight must be at least 0, got -1"),
         (["--divergence", "kl"], "--divergence must be one of forward_kl, reverse_kl, jsd, got 'kl'"),
         (["--projection", "free"], "--projection must be one of learned, fixed, got 'free'"),
+        (
+            ["--layerwise-loss", "mse"],
+            "--layerwise-loss must be one of layer_norm, teacher_rms, cosine, raw, got 'mse'",
+        ),
+        (["--layerwise-skip-first", "-1"], "--layerwise-skip-first must be at least 0, got -1"),
+        (
+            ["--seq-len", "16", "--layerwise-skip-first", "16"],
+            "--layerwise-skip-first must be less than --seq-len 16, got 16",
+        ),
         (["--seq-len", "1"], "--seq-len must be at least 2"),
         (["--data-share", "1.5"], r"--data-share must be in \(0, 1\], got 1.5"),
         (["--kd-weight", "0", "--lm-weight", "0", "--layerwise-weight", "0"], "are all 0"),

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fastdistill.training.blocks import Batch, Blocks, collate, cut
+from fastdistill.training.blocks import Batch, Blocks, Inputs, Pairs, collate, cut
+from fastdistill.training.config import Config
+from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.tokens import Tokens
@@ -93,3 +95,114 @@ def test_the_projected_loss_is_its_definition_and_reaches_what_learns(teacher, w
 
 def test_states_of_one_width_are_not_projected():
     assert not list(LayerwiseLoss(PAIRS, widths=(16, 16)).parameters())
+
+
+def test_a_configuration_is_followed():
+    config = Config(layerwise_loss="cosine", layerwise_skip_first=3, projection="fixed")
+    layerwise = LayerwiseLoss.of(config, LayerMap(((0, 2), (1, 1)), "0:2,1:1", 4, (8, 16)))
+    assert (layerwise.student_blocks, layerwise.teacher_blocks) == ([0, 1], [2, 1])
+    assert (layerwise.form, layerwise.skip_first) == ("cosine", 3)
+    assert [(p.shape, p.requires_grad) for p in layerwise.parameters()] == [((16, 8), False)] * 2
+
+
+def correlation_distance(s: Tensor, t: Tensor) -> Tensor:
+    s, t = (state - state.mean(-1, keepdim=True) for state in (s, t))
+    return 1 - F.cosine_similarity(s, t, -1)
+
+
+FORMS = {
+    "layer_norm": correlation_distance,
+    "teacher_rms": lambda s, t: (s - t).square().sum(-1) / t.square().sum(-1),
+    "cosine": lambda s, t: 1 - F.cosine_similarity(s, t, -1),
+    "raw": lambda s, t: (s - t).square().mean(-1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_its_definition(teacher, form):
+    student, batch = model(2, 16, seed=0), batch_of(blocks("padded"))
+    module = loss_alone(student, LayerwiseLoss(PAIRS, form=form))
+    losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
+    ours, theirs = outputs_of(student, batch), outputs_of(teacher.model, batch)
+    expected = torch.stack([FORMS[form](ours[s], theirs[t])[batch.mask].mean() for s, t in PAIRS]).mean()
+    torch.testing.assert_close(losses.raw["layerwise"], expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+# Documents of 4, 3, 3, 10, 6 and 4 tokens. A row of a stream reads one token of the row before once more.
+AFTER_FIRST_TWO = {
+    "documents": ["..xx..x..x", "..xxxxxxxx", "..xxxx..xx"],
+    "padded": ["..xx", "..x", "..x", "..xxxxxxxx", "..xxxx", "..xx"],
+    "stream": ["..xxxxxxxx", "..xxxxxxxx", "..xxxxxxxx", "..x"],
+}
+
+
+@pytest.mark.parametrize("packing", AFTER_FIRST_TWO)
+def test_the_first_positions_are_left_out_of_each_document(teacher, packing):
+    student, batch = model(2, 16, seed=0), batch_of(blocks(packing))
+    module = loss_alone(student, LayerwiseLoss(PAIRS, form="raw", skip_first=2))
+    counts = module.count([batch])
+    losses = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
+    kept = [(row, i) for row, line in enumerate(AFTER_FIRST_TWO[packing]) for i, c in enumerate(line) if c == "x"]
+    assert int(counts.states) == len(kept)
+    ours, theirs = Teacher(student)(batch.student, [0, 1]).layers, teacher(batch.teacher, [1, 3]).layers
+    errors = [(s[row, i] - t[row, i]).square().mean() for s, t in zip(ours, theirs, strict=True) for row, i in kept]
+    torch.testing.assert_close(losses.raw["layerwise"], torch.stack(errors).mean())
+
+
+def two_tokenizers() -> list[Batch]:
+    """Two batches in which a student's positions have read what other positions of the teacher have; the second row
+    of the student is of two documents, and the last batch has no position in common.
+    """
+    torch.manual_seed(3)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
+    student, teacher = Inputs(torch.randint(40, (2, 6)), positions), Inputs(torch.randint(40, (2, 4)), None)
+    pairs = [
+        Pairs(torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 2, 5, 1, 3, 4]), torch.tensor([0, 1, 3, 0, 1, 2])),
+        Pairs(*(torch.empty(0, dtype=torch.int64) for _ in range(3))),
+    ]
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    return [Batch(student, mask, torch.zeros(2, 6, dtype=torch.int64), teacher, each) for each in pairs]
+
+
+def test_with_two_tokenizers_states_are_compared_where_both_have_read_the_same(teacher):
+    student, batches = model(2, 8, seed=0), two_tokenizers()
+    module = loss_alone(student, LayerwiseLoss(PAIRS, widths=(8, 16), form="raw", skip_first=1))
+    counts = module.count(batches)
+    # Of the six pairs (row, student, teacher) the student begins a document at (0, 0, 0) and (1, 3, 1), and the
+    # teacher at (1, 1, 0).
+    kept = [(0, 2, 1), (0, 5, 3), (1, 4, 2)]
+    assert int(counts.states) == len(kept)
+    total = sum(module(batch, teacher(batch.teacher, [1, 3]), counts).total for batch in batches)
+    ours, theirs = Teacher(student)(batches[0].student, [0, 1]).layers, teacher(batches[0].teacher, [1, 3]).layers
+    errors = [
+        (F.pad(s[row, i], (0, 8)) - t[row, j]).square().mean()
+        for s, t in zip(ours, theirs, strict=True)
+        for row, i, j in kept
+    ]
+    torch.testing.assert_close(total, torch.stack(errors).mean())
+
+
+def windows() -> dict[str, list[list[Batch]]]:
+    """A window as one batch and as several."""
+    documents = blocks("documents")
+    rows = [collate([documents[i]], CPU) for i in range(len(documents))]
+    whole, empty = two_tokenizers()
+    assert whole.pairs is not None
+    pairs = [whole.pairs.row == row for row in range(2)]
+    pieces = [whole._replace(pairs=Pairs(*(index[chosen] for index in whole.pairs))) for chosen in pairs]
+    return {"one tokenizer": [[batch_of(documents)], rows], "two tokenizers": [[whole], [*pieces, empty]]}
+
+
+@pytest.mark.parametrize("kind", windows())
+def test_micro_batches_of_a_window_add_up_to_the_window(teacher, kind):
+    def gradients(batches: list[Batch]) -> list[Tensor | None]:
+        layerwise = LayerwiseLoss(PAIRS, widths=(8, 16), skip_first=1)
+        module = loss_alone(model(2, 8, seed=0), layerwise)
+        counts = module.count(batches)
+        for batch in batches:
+            module(batch, teacher(batch.teacher, module.teacher_layers), counts).total.backward()
+        return [parameter.grad for parameter in module.parameters()]
+
+    whole, pieces = (gradients(batches) for batches in windows()[kind])
+    for one, summed in zip(whole, pieces, strict=True):
+        torch.testing.assert_close(summed, one, rtol=1e-4, atol=1e-6)

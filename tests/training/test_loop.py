@@ -133,6 +133,7 @@ def test_a_student_of_another_width_trains_goes_on_and_is_exported_bare(
     for name, tensor in saved[0].items():
         assert torch.equal(saved[1][name], saved[2][name])
         assert torch.equal(tensor, saved[1][name]) == torch.equal(tensor, torch.eye(32, 16)) == (projection == "fixed")
+    assert "+ 0.5 layerwise (layer_norm)" in (stopped / "report.md").read_text()
     untrained = load_file(narrow_student / "model.safetensors")
     for folder in (stopped / "student", stopped / STAGE / "best", stopped / STAGE / "last"):
         assert load_file(folder / "model.safetensors").keys() == untrained.keys()
