@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fastdistill import layer_loss
@@ -72,8 +73,9 @@ class LayerwiseLoss(nn.Module):
 
     def forward(
         self, student: Mapping[int, Tensor], teacher: Sequence[Tensor], batch: Batch, num_states: Tensor
-    ) -> Tensor:
-        """The loss of `batch`, 0-d: its sum over the states that are `compared`, divided by `num_states`.
+    ) -> tuple[Tensor, Tensor]:
+        """Of `batch`, 0-d each: the loss, its sum over the states that are `compared` divided by `num_states`; and the
+        founding document's sum((s - t)^2) / (B S D) over all positions, padding too, or all pairs, without a gradient.
 
         `student` holds outputs `[B, S, D]` by number of block; `teacher` those of `teacher_blocks`, in their order.
         """
@@ -86,7 +88,9 @@ class LayerwiseLoss(nn.Module):
         factor, metric, normalize = _FORMS[self.form]
         mask = self.compared(batch)
         out = layer_loss(states, teacher, mask, metric=metric, normalize=normalize, num_tokens=num_states)
-        return factor * out.loss
+        with torch.no_grad():
+            founding = layer_loss(states, teacher).loss
+        return factor * out.loss, founding
 
 
 def _projection(widths: tuple[int, int] | None, kind: str) -> nn.Module:

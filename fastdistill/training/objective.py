@@ -90,10 +90,14 @@ class TokenCounts(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """One micro-batch's share of the window's loss: the total, differentiable, and each component unweighted."""
+    """One micro-batch's share of the window's loss: the total, differentiable, and each component unweighted.
+
+    `diagnostics` are numbers of this micro-batch alone that are to be seen and are in no loss.
+    """
 
     total: Tensor
     raw: dict[str, Tensor]
+    diagnostics: dict[str, Tensor]
 
 
 class DistillationModule(nn.Module):
@@ -140,12 +144,13 @@ class DistillationModule(nn.Module):
             hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
 
         total, raw = self._softmax_losses(hidden, batch, teacher, counts)
+        diagnostics = {}
         if self.layerwise:
             assert teacher is not None
-            layerwise = self.layerwise(outputs, teacher.layers, batch, counts.states)
+            layerwise, founding = self.layerwise(outputs, teacher.layers, batch, counts.states)
             total = total + self.weights.layerwise * layerwise
-            raw["layerwise"] = layerwise.detach()
-        return Losses(total, raw)
+            raw["layerwise"], diagnostics["layerwise_raw"] = layerwise.detach(), founding
+        return Losses(total, raw, diagnostics)
 
     def _softmax_losses(
         self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts

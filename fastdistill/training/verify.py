@@ -95,7 +95,7 @@ def _training() -> list[str]:
     batch = collate([blocks[i] for i in range(4)], torch.device("cpu"))
     counts, totals, raw = module.count([batch]), [], {}
     for _ in range(20):
-        total, raw = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
+        total, raw, _ = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
         total.backward()
         guard.before_step(module)
         optimizer.step()

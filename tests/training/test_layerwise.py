@@ -182,6 +182,32 @@ def test_with_two_tokenizers_states_are_compared_where_both_have_read_the_same(t
     torch.testing.assert_close(total, torch.stack(errors).mean())
 
 
+@pytest.mark.parametrize("how", [{}, {"form": "cosine", "skip_first": 2}], ids=["plain", "otherwise"])
+def test_the_founding_formula_is_over_everything_and_in_no_loss(teacher, how):
+    student, batch = model(2, 8, seed=0), batch_of(blocks("padded"))
+    module = loss_alone(student, LayerwiseLoss(PAIRS, widths=(8, 16), **how))
+    losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch, batch]))
+    assert not batch.mask.all()
+    ours, theirs = outputs_of(student, batch), outputs_of(teacher.model, batch)
+    expected = torch.stack([F.mse_loss(F.pad(ours[s], (0, 8)), theirs[t]) for s, t in PAIRS]).mean()
+    torch.testing.assert_close(losses.diagnostics, {"layerwise_raw": expected.detach()})
+    torch.testing.assert_close(losses.total.detach(), losses.raw["layerwise"])
+
+
+def test_the_founding_formula_of_two_tokenizers_is_over_all_pairs(teacher):
+    student, (batch, _) = model(2, 8, seed=0), two_tokenizers()
+    module = loss_alone(student, LayerwiseLoss(PAIRS, widths=(8, 16), skip_first=1))
+    losses = module(batch, teacher(batch.teacher, [1, 3]), module.count([batch]))
+    ours, theirs = Teacher(student)(batch.student, [0, 1]).layers, teacher(batch.teacher, [1, 3]).layers
+    assert batch.pairs is not None
+    errors = [
+        (F.pad(s[row, i], (0, 8)) - t[row, j]).square().mean()
+        for s, t in zip(ours, theirs, strict=True)
+        for row, i, j in zip(*batch.pairs, strict=True)
+    ]
+    torch.testing.assert_close(losses.diagnostics["layerwise_raw"], torch.stack(errors).mean())
+
+
 def windows() -> dict[str, list[list[Batch]]]:
     """A window as one batch and as several."""
     documents = blocks("documents")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill.training.loading import load
-from fastdistill.training.objective import DistillationModule, Losses
+from fastdistill.training.objective import DistillationModule
 from fastdistill.training.student import build_student, kept_layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -201,6 +201,8 @@ def test_the_log_is_in_the_founding_format(run, capfd, records):
         parts = sorted(record["components"].items(), key=lambda item: -item[1]["weighted"])
         block = [f"[Step {record['step']}]", f"Total Loss: {record['total']:.2f}"]
         block += [f"  {name}_loss: {part['weighted']:.2f} ({part['share']:.0%})" for name, part in parts]
+        raw = record["diagnostics"]["layerwise_raw"]
+        block.append(f"[Raw] layerwise by sum/(B*S*D): {raw:.4g}, not in the loss")
         assert "\n".join(block) in out
     evaluations = re.findall(r"\[Eval\] loss: (\d+\.\d{3}), ppl: (\d+\.\d)", out)
     assert len(evaluations) == len([r for r in log if r["event"] == "eval"]) == 3
@@ -282,6 +284,32 @@ def test_a_learning_rate_of_0_is_found_out(run, train_py, monkeypatch, capsys):
     assert "the learning rate of the first optimizer step is 0.0" in capsys.readouterr().err
 
 
+def test_what_is_in_no_loss_is_logged_as_a_mean_over_micro_batches_and_steps(run, records, monkeypatch):
+    forward, seen = DistillationModule.forward, []
+
+    def watched(self, batch, teacher, counts):
+        losses = forward(self, batch, teacher, counts)
+        seen.append(losses.diagnostics["layerwise_raw"].item())
+        return losses
+
+    monkeypatch.setattr(DistillationModule, "forward", watched)
+    folder = run(batch_size=2, grad_accum=3, log_steps=2)
+    logged = [r["diagnostics"]["layerwise_raw"] for r in records(folder / STAGE / "log.jsonl") if r["event"] == "train"]
+    assert logged == pytest.approx([sum(seen[i : i + 6]) / 6 for i in range(0, 18, 6)])
+
+
+def test_what_is_in_no_loss_may_be_anything(run, records, monkeypatch):
+    forward = DistillationModule.forward
+
+    def faulty(self, batch, teacher, counts):
+        return forward(self, batch, teacher, counts)._replace(diagnostics={"layerwise_raw": torch.tensor(torch.nan)})
+
+    monkeypatch.setattr(DistillationModule, "forward", faulty)
+    train = [r for r in records(run(detail_steps=1) / STAGE / "log.jsonl") if r["event"] == "train"]
+    assert [(r["step"], r["skipped_steps"]) for r in train] == [(step, 0) for step in range(1, 7)]
+    assert all(math.isnan(r["diagnostics"]["layerwise_raw"]) for r in train)
+
+
 def planted_nan(monkeypatch, at: set[int]) -> None:
     """Make the kd loss NaN in these forward passes, counted from 1."""
     forward, calls = DistillationModule.forward, iter(range(1, 1000))
@@ -290,7 +318,7 @@ def planted_nan(monkeypatch, at: set[int]) -> None:
         losses = forward(self, batch, teacher, counts)
         if next(calls) not in at:
             return losses
-        return Losses(losses.total * torch.nan, losses.raw | {"kd": losses.raw["kd"] * torch.nan})
+        return losses._replace(total=losses.total * torch.nan, raw=losses.raw | {"kd": losses.raw["kd"] * torch.nan})
 
     monkeypatch.setattr(DistillationModule, "forward", faulty)
 
