@@ -185,6 +185,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kd_weight": 0.9, "lm_weight": 0.1, "layerwise_weight": 0.5,
         "log_steps": 20, "detail_steps": 100, "eval_steps": 25, "save_steps": 50,
     },
+    # The founding run's. Its layerwise loss, the bare squared error of all positions, is logged and not trained on.
+    "postmortem": {
+        "batch_size": 2, "grad_accum": 8, "seq_len": 512, "epochs": 1.0,
+        "kd_weight": 0.5, "lm_weight": 0.5, "layerwise_weight": 0.05,
+        "layerwise_loss": "layer_norm", "layerwise_skip_first": 1, "layer_map": "auto",
+        "log_steps": 100, "detail_steps": 1000, "eval_steps": 500, "save_steps": 1000,
+    },
 }  # fmt: skip
 
 

@@ -21,6 +21,15 @@ def test_without_arguments_it_is_the_demo():
     assert parse([]) == parse(["--preset", "demo"])
 
 
+def test_every_preset_is_a_configuration_for_any_teacher():
+    for name, settings in PRESETS.items():
+        config = parse(["--preset", name, "--teacher", "some/model", "--student", "another/model"])
+        assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | settings | {
+            "teacher": "some/model",
+            "student": "another/model",
+        }
+
+
 def test_a_teacher_of_ones_own_is_not_distilled_as_the_demo():
     config = parse(["--teacher", "some/model", "--lr", "1e-4"])
     assert config == Config(teacher="some/model", lr=1e-4)

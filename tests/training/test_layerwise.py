@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fastdistill import layer_loss
+from fastdistill.training import layerwise
 from fastdistill.training.blocks import Batch, Blocks, Inputs, Pairs, collate, cut
 from fastdistill.training.config import Config
 from fastdistill.training.layer_map import LayerMap
@@ -91,6 +94,34 @@ def test_the_projected_loss_is_its_definition_and_reaches_what_learns(teacher, w
             assert learned[name].grad is None
         else:
             torch.testing.assert_close(learned[name].grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_under_autocast_the_loss_takes_what_the_projection_puts_out(teacher, half, monkeypatch):
+    """In half precision, without a cast or a copy of states between them; the teacher may hold either precision."""
+    taken, made = [], []
+    monkeypatch.setattr(layerwise, "layer_loss", lambda s, t, *a, **k: taken.extend(s) or layer_loss(s, t, *a, **k))
+    loss, batch = LayerwiseLoss(PAIRS, widths=(8, 16)), batch_of(blocks("padded"))
+    for projection in loss.projections:
+        projection.register_forward_hook(lambda module, inputs, output: made.append(output))
+    module, half_teacher = loss_alone(model(2, 8, seed=0), loss), Teacher(copy.deepcopy(teacher.model).to(half))
+    counts = module.count([batch])
+    exact = module(batch, teacher(batch.teacher, [1, 3]), counts).total
+    for states in (teacher(batch.teacher, [1, 3]), half_teacher(batch.teacher, [1, 3])):
+        made.clear()
+        taken.clear()
+        loss.zero_grad()
+        with torch.autocast("cpu", half):
+            total = module(batch, states, counts).total
+        assert [state.dtype for state in made] == [half] * 2
+        # Once for the loss, and once for the founding document's number.
+        assert all(one is other for one, other in zip(taken, made * 2, strict=True))
+        torch.testing.assert_close(total, exact, rtol=2e-2, atol=1e-2)
+        total.backward()
+        for parameter in loss.parameters():
+            assert parameter.grad is not None
+            assert parameter.grad.dtype == torch.float32
+            assert parameter.grad.any()
 
 
 def test_states_of_one_width_are_not_projected():
