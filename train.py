@@ -100,6 +100,8 @@ def run(config: Config, output: Path) -> None:
             set_seed(seed)
             student, layer_map = obtain_student(recipe, teacher_model, all_text.sample, output / "student_layers.json")
             module = DistillationModule.of(recipe, student, layer_map, pairing)
+            if recipe.layerwise_weight and seed == config.seed:
+                print(layer_map.picture(recipe.projection))
             folder = output / f"seed-{seed}" / name
             stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer)
             result = train(stage, module, teacher, accelerator)
@@ -184,7 +186,7 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
     folder.mkdir(parents=True, exist_ok=True)
     steps, window = total_steps(recipe, text), recipe.batch_size * recipe.grad_accum
     walk, pairing = text.walk(stage.seed), module.pairing
-    student, weights, teacher_layers = module.student, module.weights, module.teacher_layers
+    student, weights, teacher_layers, count = module.student, module.weights, module.teacher_layers, module.count
     module, optimizer = accelerator.prepare(module, make_optimizer(module, recipe))
 
     # Where the run stands. All of it goes into a checkpoint, and nothing else is needed to go on exactly.
@@ -231,21 +233,26 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
             blocks = sorted(walk.take(samples, window), key=lambda block: len(block[0].ids))
             parts = [blocks[i : i + recipe.batch_size] for i in range(0, window, recipe.batch_size)]
             batches = [collate(part, accelerator.device, align=pairing.align) for part in parts]
-            counts = DistillationModule.count(batches)
+            counts = count(batches)
             samples += window
             sums: dict[str, torch.Tensor] = {}
+            means: dict[str, torch.Tensor] = {}
             for batch in batches:
                 states = teacher(batch.teacher, teacher_layers) if teacher and weights.need_teacher() else None
                 losses = module(batch, states, counts)
                 accelerator.backward(losses.total)
                 for name, value in {**losses.raw, "total": losses.total.detach()}.items():
                     sums[name] = sums.get(name, 0) + value
+                for name, value in losses.diagnostics.items():
+                    means[name] = means.get(name, 0) + value / len(batches)
             norm = accelerator.clip_grad_norm_(module.parameters(), recipe.clip)
 
             # One read of the device for all: the loss must be known to be finite before it moves the weights.
-            *values, norm, tokens = torch.stack([*sums.values(), torch.as_tensor(norm), counts.targets]).tolist()
-            raw = dict(zip(sums, values, strict=True))
+            numbers = [torch.as_tensor(norm), counts.targets, *sums.values(), *means.values()]
+            norm, tokens, *values = torch.stack(numbers).tolist()
+            raw = dict(zip(sums, values[: len(sums)], strict=True))
             total = raw.pop("total")
+            diagnostics = dict(zip(means, values[len(sums) :], strict=True))
             # With a gradient scaler an infinite norm is its to handle: it skips the step and lowers its scale.
             must_be_finite = {**raw, "total": total} | ({} if accelerator.scaler else {"gradient norm": norm})
             finite = bad_steps.accept(must_be_finite)
@@ -261,7 +268,7 @@ def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, acc
             first_step.after_step(rate)
             step += 1
 
-            monitor.add(raw, total, int(tokens))
+            monitor.add(raw, total, diagnostics, int(tokens))
             if step % recipe.log_steps == 0 or step == steps:
                 detailed = step % recipe.detail_steps == 0
                 monitor.log(step, learning_rate=rate, gradient_norm=norm, skipped=bad_steps.skipped, detailed=detailed)

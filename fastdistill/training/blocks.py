@@ -39,6 +39,14 @@ class Inputs(NamedTuple):
     input_ids: Tensor
     position_ids: Tensor | None
 
+    def past_first(self, count: int) -> Tensor:
+        """Which positions, bool `[B, S]`, come after the first `count` of their document, or of their row where
+        documents see each other.
+        """
+        if self.position_ids is not None:
+            return self.position_ids >= count
+        return (torch.arange(self.input_ids.shape[1], device=self.input_ids.device) >= count).expand_as(self.input_ids)
+
 
 class Pairs(NamedTuple):
     """Positions at which student and teacher are compared, `[N]` each."""

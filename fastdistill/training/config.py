@@ -91,7 +91,29 @@ class Config:
 
     kd_weight: float = _flag(0.5, "weight of T^2 KL(teacher || student)")
     lm_weight: float = _flag(0.5, "weight of the next-token cross-entropy")
-    layerwise_weight: float = _flag(0.0, "weight of the layerwise loss: 1 - correlation of mapped hidden states")
+    layerwise_weight: float = _flag(0.0, "weight of --layerwise-loss between the outputs of mapped blocks")
+    layerwise_loss: str = _flag(
+        "layer_norm",
+        "layer_norm: half the squared error of layer-normalised states, which is 1 - their correlation;\n"
+        "cosine: 1 - cos; teacher_rms: squared error over the teacher's mean square; raw: squared error",
+        ("layer_norm", "teacher_rms", "cosine", "raw"),
+    )
+    layerwise_skip_first: int = _flag(
+        0,
+        "leave out the first N positions of each document; position 0 carries activations thousands of\ntimes the rest",
+    )
+    layer_map: str = _flag(
+        "auto",
+        "which blocks' outputs the layerwise loss compares: auto (the teacher's that the student was made of,\n"
+        "else uniform), uniform, last, skip, or pairs student:teacher as 0:1,-1:-1 (--layer-map=-1:-1 where\n"
+        "a minus comes first)",
+    )
+    projection: str = _flag(
+        "learned",
+        "where student and teacher differ in width, what brings the student's states to the teacher's:\n"
+        "a matrix that is learned beside the student, or fixed as the identity",
+        ("learned", "fixed"),
+    )
     temperature: float = _flag(2.0, "T of both softmaxes")
     divergence: str = _flag("forward_kl", "which divergence", ("forward_kl", "reverse_kl", "jsd"))
 
@@ -125,11 +147,16 @@ class Config:
         for name in ("lr", "teacher_lr", "clip", "temperature", "epochs"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"--{_dashed(name)} must be greater than 0, got {getattr(self, name)}")
-        for name in ("kd_weight", "lm_weight", "layerwise_weight", "weight_decay", "warmup_steps", "seed"):
+        for name in _AT_LEAST_ZERO:
             if getattr(self, name) < 0:
                 raise UsageError(f"--{_dashed(name)} must be at least 0, got {getattr(self, name)}")
         if self.seq_len < 2:
             raise UsageError(f"--seq-len must be at least 2 (one token predicts the next), got {self.seq_len}")
+        if self.layerwise_skip_first >= self.seq_len:
+            raise UsageError(
+                f"--layerwise-skip-first must be less than --seq-len {self.seq_len}, got {self.layerwise_skip_first}: "
+                "no position would be left to compare"
+            )
         if not 0 < self.data_share <= 1:
             raise UsageError(f"--data-share must be in (0, 1], got {self.data_share}")
         if self.kd_weight == self.lm_weight == self.layerwise_weight == 0:
@@ -143,6 +170,10 @@ _AT_LEAST_ONE = (
     "save_steps", "keep_checkpoints", "max_bad_steps", "teacher_steps", "teacher_depth",
 )  # fmt: skip
 
+_AT_LEAST_ZERO = (
+    "kd_weight", "lm_weight", "layerwise_weight", "layerwise_skip_first", "weight_decay", "warmup_steps", "seed",
+)  # fmt: skip
+
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "resume", "stop_at", "log_steps", "detail_steps", "save_steps", "keep_checkpoints", "max_bad_steps",
 }  # fmt: skip
@@ -153,6 +184,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "data_share": 0.1, "student_layers": "0,3", "baseline": True, "max_steps": 200,
         "kd_weight": 0.9, "lm_weight": 0.1, "layerwise_weight": 0.5,
         "log_steps": 20, "detail_steps": 100, "eval_steps": 25, "save_steps": 50,
+    },
+    # The founding run's. Its layerwise loss, the bare squared error of all positions, is logged and not trained on.
+    "postmortem": {
+        "batch_size": 2, "grad_accum": 8, "seq_len": 512, "epochs": 1.0,
+        "kd_weight": 0.5, "lm_weight": 0.5, "layerwise_weight": 0.05,
+        "layerwise_loss": "layer_norm", "layerwise_skip_first": 1, "layer_map": "auto",
+        "log_steps": 100, "detail_steps": 1000, "eval_steps": 500, "save_steps": 1000,
     },
 }  # fmt: skip
 

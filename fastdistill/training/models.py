@@ -50,6 +50,11 @@ def parts(model: PreTrainedModel) -> Parts:
     return Parts(base, lists[0], head)
 
 
+def hidden_width(model: PreTrainedModel) -> int:
+    """How many channels the states have that its blocks put out."""
+    return model.config.get_text_config().hidden_size
+
+
 def context_length(model: PreTrainedModel) -> int:
     """How many positions the model can take."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)

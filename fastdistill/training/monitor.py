@@ -15,6 +15,9 @@ from fastdistill.training.evaluate import Evaluation, perplexity
 
 DOMINANT_SHARE = 0.8
 
+_DIAGNOSTICS = {"layerwise_raw": "layerwise by sum/(B*S*D)"}
+"""What a number that is in no loss is called in the log."""
+
 
 class Monitor:
     """Logs one stage. Every loss it shows is the mean over the optimizer steps since the line before."""
@@ -32,6 +35,7 @@ class Monitor:
         self.path, self.weights, self.total_steps = path, weights, total_steps
         state = state or {"sums": dict.fromkeys((*weights, "total"), 0.0), "steps": 0, "tokens": 0, "seconds": 0.0}
         self.sums, self.steps = state["sums"], state["steps"]
+        self.diagnostics: dict[str, float] = state.get("diagnostics", {})
         self.tokens, self.seconds = state["tokens"], state["seconds"]
         self.untrained_loss: float | None = state.get("untrained_loss")
         # What was written after the state was saved will be written again.
@@ -47,10 +51,14 @@ class Monitor:
         """Speeds are of training steps alone: what passes between `add` and this is not counted."""
         self.step_started = time.perf_counter()
 
-    def add(self, raw: dict[str, float], total: float, tokens: int) -> None:
-        """One optimizer step: each component unweighted, the weighted total, and how many tokens were predicted."""
+    def add(self, raw: dict[str, float], total: float, diagnostics: dict[str, float], tokens: int) -> None:
+        """One optimizer step: each component unweighted, the weighted total, what is in neither, and how many tokens
+        were predicted.
+        """
         for name, value in (raw | {"total": total}).items():
             self.sums[name] += value
+        for name, value in diagnostics.items():
+            self.diagnostics[name] = self.diagnostics.get(name, 0.0) + value
         self.steps += 1
         self.tokens += tokens
         self.seconds += time.perf_counter() - self.step_started
@@ -64,6 +72,7 @@ class Monitor:
         weighted = {name: self.weights[name] * value for name, value in raw.items()}
         if abs(sum(weighted.values()) - total) > 1e-4 * max(1.0, abs(total)):
             raise AssertionError(f"components {weighted} sum to {sum(weighted.values())}, and the total is {total}")
+        diagnostics = {name: value / self.steps for name, value in self.diagnostics.items()}
         shares = {name: value / total if total else 0.0 for name, value in weighted.items()}
         rate = self.tokens / self.seconds
         self.write(
@@ -79,6 +88,7 @@ class Monitor:
                 }
                 for name in raw
             },
+            diagnostics=diagnostics,
             learning_rate=learning_rate,
             gradient_norm=gradient_norm,
             skipped_steps=skipped,
@@ -88,6 +98,9 @@ class Monitor:
             lines = [f"[Step {step}]", f"Total Loss: {total:.2f}"]
             by_size = sorted(weighted, key=lambda name: -weighted[name])
             lines += [f"  {name}_loss: {weighted[name]:.2f} ({shares[name]:.0%})" for name in by_size]
+            lines += [
+                f"[Raw] {_DIAGNOSTICS[name]}: {value:.4g}, not in the loss" for name, value in diagnostics.items()
+            ]
             self.say("\n".join(lines))
         else:
             listed = "  ".join(f"{name}_loss {weighted[name]:.3f} ({shares[name]:.0%})" for name in weighted)
@@ -99,7 +112,7 @@ class Monitor:
             if len(shares) > 1 and share > DOMINANT_SHARE and name not in self.warned:
                 self.warned.add(name)
                 self.warn(step, f"{name}_loss is {share:.0%} of the total, above {DOMINANT_SHARE:.0%}")
-        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.sums, self.diagnostics = dict.fromkeys(self.sums, 0.0), {}
         self.steps = self.tokens = 0
         self.seconds = 0.0
 
@@ -135,6 +148,7 @@ class Monitor:
         """What has gathered since the last line, so that a resumed run logs the same."""
         return {
             "sums": self.sums,
+            "diagnostics": self.diagnostics,
             "steps": self.steps,
             "tokens": self.tokens,
             "seconds": self.seconds,

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdistill import layer_loss, linear_cross_vocab_kl, linear_softmax_kl
+from fastdistill import linear_cross_vocab_kl, linear_softmax_kl
 from fastdistill.training.blocks import IGNORED, Batch, Inputs
-from fastdistill.training.config import Config, UsageError
+from fastdistill.training.config import Config
+from fastdistill.training.layer_map import LayerMap
+from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.models import captured_outputs, parts
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
 
@@ -88,10 +90,14 @@ class TokenCounts(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """One micro-batch's share of the window's loss: the total, differentiable, and each component unweighted."""
+    """One micro-batch's share of the window's loss: the total, differentiable, and each component unweighted.
+
+    `diagnostics` are numbers of this micro-batch alone that are to be seen and are in no loss.
+    """
 
     total: Tensor
     raw: dict[str, Tensor]
+    diagnostics: dict[str, Tensor]
 
 
 class DistillationModule(nn.Module):
@@ -108,50 +114,43 @@ class DistillationModule(nn.Module):
         *,
         temperature: float = 1.0,
         divergence: str = "forward_kl",
-        layer_map: Sequence[tuple[int, int]] = (),
+        layerwise: LayerwiseLoss | None = None,
         pairing: Pairing = ONE_TOKENIZER,
     ):
-        """`layer_map` holds pairs (student block, teacher block), 0-based."""
         super().__init__()
-        if weights.layerwise and not layer_map:
-            raise UsageError(
-                "--layerwise-weight needs a layer map, which a student that is not built from the teacher lacks"
+        if bool(weights.layerwise) != (layerwise is not None):
+            raise ValueError(
+                f"layerwise must be given where its weight is not 0 and only there, got {layerwise} with {weights}"
             )
         self.student, self.weights, self.pairing = student, weights, pairing
-        self.temperature, self.divergence, self.layer_map = temperature, divergence, tuple(layer_map)
+        self.temperature, self.divergence, self.layerwise = temperature, divergence, layerwise
         self.parts = [parts(student)]  # in a list: not registered a second time
 
     @classmethod
-    def of(
-        cls, config: Config, student: PreTrainedModel, layer_map: Sequence[tuple[int, int]], pairing: Pairing
-    ) -> DistillationModule:
+    def of(cls, config: Config, student: PreTrainedModel, layer_map: LayerMap, pairing: Pairing) -> DistillationModule:
         how = {"temperature": config.temperature, "divergence": config.divergence}
-        return cls(student, Weights.of(config), **how, layer_map=layer_map, pairing=pairing)
+        layerwise = LayerwiseLoss.of(config, layer_map) if config.layerwise_weight else None
+        return cls(student, Weights.of(config), **how, layerwise=layerwise, pairing=pairing)
 
     @property
     def teacher_layers(self) -> list[int]:
         """Teacher blocks whose outputs `forward` wants."""
-        return [teacher for _, teacher in self.layer_map] if self.weights.layerwise else []
+        return self.layerwise.teacher_blocks if self.layerwise else []
 
     def forward(self, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts) -> Losses:
         """Losses of `batch`, each token-wise sum divided by the window's own count."""
         base, blocks = self.parts[0].base, self.parts[0].blocks
-        student_layers = [student for student, _ in self.layer_map] if self.weights.layerwise else []
-        with captured_outputs(blocks, student_layers) as outputs:
+        with captured_outputs(blocks, self.layerwise.student_blocks if self.layerwise else []) as outputs:
             hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
 
         total, raw = self._softmax_losses(hidden, batch, teacher, counts)
-        if self.weights.layerwise:
+        diagnostics = {}
+        if self.layerwise:
             assert teacher is not None
-            states = [outputs[i] for i in student_layers]
-            # Half of it is 1 - correlation: 0 when equal, 1 when unrelated, at any length and scale.
-            layerwise = (
-                0.5
-                * layer_loss(states, teacher.layers, batch.mask, normalize="layer_norm", num_tokens=counts.states).loss
-            )
+            layerwise, founding = self.layerwise(outputs, teacher.layers, batch, counts.states)
             total = total + self.weights.layerwise * layerwise
-            raw["layerwise"] = layerwise.detach()
-        return Losses(total, raw)
+            raw["layerwise"], diagnostics["layerwise_raw"] = layerwise.detach(), founding
+        return Losses(total, raw, diagnostics)
 
     def _softmax_losses(
         self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts
@@ -202,10 +201,11 @@ class DistillationModule(nn.Module):
             raw["kd"] = crossed.loss.detach()
         return total, raw
 
-    @staticmethod
-    def count(batches: Sequence[Batch]) -> TokenCounts:
+    def count(self, batches: Sequence[Batch]) -> TokenCounts:
         """Divisors of a window of micro-batches."""
         targets = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
-        states = torch.stack([batch.mask.sum() for batch in batches]).sum()
+        states = torch.zeros_like(targets)
+        if self.layerwise:
+            states = torch.stack([self.layerwise.compared(batch).sum() for batch in batches]).sum()
         pairs = [len(batch.pairs.row) for batch in batches if batch.pairs is not None]
         return TokenCounts(targets, torch.tensor(sum(pairs)).to(targets.device) if pairs else targets, states)

@@ -121,7 +121,7 @@ def recipe(config: Config) -> str:
     """The settings that made the student, in one line."""
     loss = f"{config.kd_weight:g} T^2 KL (T {config.temperature:g}, {config.divergence}) + {config.lm_weight:g} CE"
     if config.layerwise_weight:
-        loss += f" + {config.layerwise_weight:g} layerwise"
+        loss += f" + {config.layerwise_weight:g} layerwise ({config.layerwise_loss})"
     steps = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
     return (
         f"{loss}; {steps} of {config.batch_size} x {config.grad_accum} sequences of {config.seq_len} tokens; AdamW, "

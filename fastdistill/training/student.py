@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from fastdistill import linear_softmax_kl, shift_targets
 from fastdistill.training.checkpoint import write_atomically
 from fastdistill.training.config import Config, UsageError
+from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.loading import load
 from fastdistill.training.models import check_fit, evaluating, parts
 
@@ -168,20 +169,20 @@ def _left_out(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Ten
 
 def obtain_student(
     config: Config, teacher: PreTrainedModel, text: Callable[[], Tensor], layers_file: Path
-) -> tuple[PreTrainedModel, list[tuple[int, int]]]:
-    """The student that `config` names, and the pairs (student block, teacher block) of which one was made of the other.
+) -> tuple[PreTrainedModel, LayerMap]:
+    """The student that `config` names, and which of its blocks are compared with which of the teacher's.
 
     Which layers it is made of is settled once a run, by `text()` `[B, S]` if text decides, and kept in `layers_file`:
     a run that is resumed has the student that it began with.
     """
     if config.student:
-        student, layer_map = load(config.student)[0], []
+        student, layers = load(config.student)[0], None
     else:
         if not layers_file.exists():
             depth = len(parts(teacher).blocks)
             layers = kept_layers(config.student_layers, depth, lambda: layer_importance(teacher, text()))
             write_atomically(layers_file, json.dumps(layers))
         layers = json.loads(layers_file.read_text())
-        student, layer_map = build_student(teacher, layers), list(enumerate(layers))
+        student = build_student(teacher, layers)
     check_fit(student, config, "student")
-    return student, layer_map
+    return student, LayerMap.between(config.layer_map, student, teacher, made_of=layers)

@@ -79,6 +79,7 @@ def _training() -> list[str]:
     from fastdistill.training.engine import make_optimizer
     from fastdistill.training.evaluate import evaluate, perplexity
     from fastdistill.training.guard import FirstStepGuard
+    from fastdistill.training.layerwise import LayerwiseLoss
     from fastdistill.training.objective import DistillationModule, Teacher, Weights
     from fastdistill.training.tokens import Tokens
 
@@ -87,12 +88,14 @@ def _training() -> list[str]:
     student, teacher = GPT2LMHeadModel(shape), Teacher(GPT2LMHeadModel(shape))
     tokens = Tokens(torch.randint(0, 50, (64,), dtype=torch.int32), torch.arange(0, 65, 16), None, None)
     blocks = cut((tokens,), 16, "padded")
-    module = DistillationModule(student, Weights(kd=0.5, lm=0.5, layerwise=0.5), layer_map=[(0, 0), (1, 1)])
+    module = DistillationModule(
+        student, Weights(kd=0.5, lm=0.5, layerwise=0.5), layerwise=LayerwiseLoss([(0, 0), (1, 1)])
+    )
     optimizer, guard = make_optimizer(module, Config(lr=1e-2)), FirstStepGuard()
     batch = collate([blocks[i] for i in range(4)], torch.device("cpu"))
     counts, totals, raw = module.count([batch]), [], {}
     for _ in range(20):
-        total, raw = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
+        total, raw, _ = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
         total.backward()
         guard.before_step(module)
         optimizer.step()

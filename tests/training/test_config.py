@@ -21,6 +21,15 @@ def test_without_arguments_it_is_the_demo():
     assert parse([]) == parse(["--preset", "demo"])
 
 
+def test_every_preset_is_a_configuration_for_any_teacher():
+    for name, settings in PRESETS.items():
+        config = parse(["--preset", name, "--teacher", "some/model", "--student", "another/model"])
+        assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | settings | {
+            "teacher": "some/model",
+            "student": "another/model",
+        }
+
+
 def test_a_teacher_of_ones_own_is_not_distilled_as_the_demo():
     config = parse(["--teacher", "some/model", "--lr", "1e-4"])
     assert config == Config(teacher="some/model", lr=1e-4)
@@ -54,6 +63,16 @@ def test_a_config_file_is_a_base_for_flags(tmp_path):
         (["--temperature", "-2"], "--temperature must be greater than 0, got -2"),
         (["--kd-weight", "-1"], "--kd-weight must be at least 0, got -1"),
         (["--divergence", "kl"], "--divergence must be one of forward_kl, reverse_kl, jsd, got 'kl'"),
+        (["--projection", "free"], "--projection must be one of learned, fixed, got 'free'"),
+        (
+            ["--layerwise-loss", "mse"],
+            "--layerwise-loss must be one of layer_norm, teacher_rms, cosine, raw, got 'mse'",
+        ),
+        (["--layerwise-skip-first", "-1"], "--layerwise-skip-first must be at least 0, got -1"),
+        (
+            ["--seq-len", "16", "--layerwise-skip-first", "16"],
+            "--layerwise-skip-first must be less than --seq-len 16, got 16",
+        ),
         (["--seq-len", "1"], "--seq-len must be at least 2"),
         (["--data-share", "1.5"], r"--data-share must be in \(0, 1\], got 1.5"),
         (["--kd-weight", "0", "--lm-weight", "0", "--layerwise-weight", "0"], "are all 0"),

@@ -19,7 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastdistill import linear_chunks
 from fastdistill.training.blocks import Batch, collate, cut
-from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.layerwise import LayerwiseLoss
+from fastdistill.training.objective import DistillationModule, Teacher, TokenCounts, Weights
 from fastdistill.training.tokens import Tokens
 
 RANKS = 2
@@ -28,16 +29,17 @@ LAYER_MAP = [(0, 1), (1, 3)]
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
 
 
-def model(layers: int, seed: int) -> GPT2LMHeadModel:
+def model(layers: int, width: int, seed: int) -> GPT2LMHeadModel:
     """Its head is its embedding."""
     torch.manual_seed(seed)
-    shape: dict[str, Any] = {"vocab_size": 40, "n_positions": 16, "n_embd": 16, "n_head": 2, "n_layer": layers}
+    shape: dict[str, Any] = {"vocab_size": 40, "n_positions": 16, "n_embd": width, "n_head": 2, "n_layer": layers}
     return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
 
 
 def module_and_teacher() -> tuple[DistillationModule, Teacher]:
-    module = DistillationModule(model(2, seed=0), Weights(kd=0.5, lm=0.5, layerwise=0.5), layer_map=LAYER_MAP)
-    return module, Teacher(model(4, seed=1))
+    layerwise = LayerwiseLoss(LAYER_MAP, widths=(16, 24))
+    module = DistillationModule(model(2, 16, seed=0), Weights(kd=0.5, lm=0.5, layerwise=0.5), layerwise=layerwise)
+    return module, Teacher(model(4, 24, seed=1))
 
 
 def batches() -> list[Batch]:
@@ -48,9 +50,10 @@ def batches() -> list[Batch]:
     return [collate([blocks[2 * rank], blocks[2 * rank + 1]], torch.device("cpu")) for rank in range(RANKS)]
 
 
-def add_gradients(forward: Callable[..., Any], teacher: Teacher, of: list[Batch], share: int) -> None:
+def add_gradients(
+    forward: Callable[..., Any], teacher: Teacher, of: list[Batch], counts: TokenCounts, share: int
+) -> None:
     """Backward of batches `of`; where processes are averaged, `share` of them make up for it."""
-    counts = DistillationModule.count(batches())
     for batch in of:
         losses = forward(batch, teacher(batch.teacher, [1, 3]), counts)
         (losses.total * share).backward()
@@ -76,16 +79,16 @@ def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
     module, teacher = module_and_teacher()
-    mine = [batches()[rank]]
+    mine, counts = [batches()[rank]], module.count(batches())
     results: dict[str, Any] = {}
     ddp = DistributedDataParallel(copy.deepcopy(module))
-    add_gradients(ddp, teacher, mine, RANKS)
+    add_gradients(ddp, teacher, mine, counts, RANKS)
     results["ddp"] = gradients(ddp)
     for chunks, max_chunk_bytes in (("one_chunk", 1 << 28), ("many_chunks", 1)):
         linear_chunks.MAX_CHUNK_BYTES = max_chunk_bytes
         fsdp = sharded(copy.deepcopy(module))
         with CommDebugMode() as communication:
-            add_gradients(fsdp, teacher, mine, RANKS)
+            add_gradients(fsdp, teacher, mine, counts, RANKS)
         results[f"fsdp_{chunks}"] = gradients(fsdp)
         results[f"{chunks}_messages"] = {str(op): n for op, n in communication.get_comm_counts().items()}
     torch.save(results, folder / f"{rank}.pt")
@@ -103,7 +106,7 @@ def results(tmp_path_factory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp_one_chunk", "fsdp_many_chunks"])
 def test_two_processes_have_the_gradients_of_one_with_all_of_the_data(results, wrapper):
     module, teacher = module_and_teacher()
-    add_gradients(module, teacher, batches(), 1)
+    add_gradients(module, teacher, batches(), module.count(batches()), 1)
     expected = gradients(module)
     for result in results:
         assert result[wrapper].keys() == expected.keys()

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill.training.loading import load
-from fastdistill.training.objective import DistillationModule, Losses
+from fastdistill.training.objective import DistillationModule
 from fastdistill.training.student import build_student, kept_layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +94,51 @@ def test_a_resumed_run_has_the_student_that_it_began_with(run, monkeypatch):
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(stopped).items())
 
 
+@pytest.fixture(scope="module")
+def narrow_student(tmp_path_factory, teacher_folder) -> Path:
+    """A student that is not made of the teacher: three blocks, half as wide, with the teacher's tokenizer."""
+    path = tmp_path_factory.mktemp("models") / "narrow"
+    config = AutoConfig.from_pretrained(teacher_folder)
+    config.update({"n_embd": 16, "n_layer": 3})
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("projection", ["learned", "fixed"])
+def test_a_student_of_another_width_trains_goes_on_and_is_exported_bare(
+    run, records, narrow_student, projection, capsys
+):
+    flags = {"student": narrow_student, "projection": projection, "max_steps": 4}
+    whole = run("whole", **flags)
+    assert (
+        f"layers compared (uniform), states of width 16, projected to 32 ({projection}):\n"
+        "  teacher  0  1  2  3\n"
+        "  student  .  0  1  2\n"
+    ) in capsys.readouterr().out
+    run("stopped", stop_at=3, **flags)
+    stopped = run("stopped", resume=True)
+    assert_same_run(stopped, whole, records)
+    first, last = ("step-00000003", "step-00000004")
+    saved = [
+        {name: tensor for name, tensor in load_file(path).items() if "projection" in name}
+        for path in (
+            stopped / STAGE / "checkpoints" / first / "model.safetensors",
+            stopped / STAGE / "checkpoints" / last / "model.safetensors",
+            whole / STAGE / "checkpoints" / last / "model.safetensors",
+        )
+    ]
+    assert [tuple(tensor.shape) for tensor in saved[0].values()] == [(32, 16)] * 3
+    for name, tensor in saved[0].items():
+        assert torch.equal(saved[1][name], saved[2][name])
+        assert torch.equal(tensor, saved[1][name]) == torch.equal(tensor, torch.eye(32, 16)) == (projection == "fixed")
+    assert "+ 0.5 layerwise (layer_norm)" in (stopped / "report.md").read_text()
+    untrained = load_file(narrow_student / "model.safetensors")
+    for folder in (stopped / "student", stopped / STAGE / "best", stopped / STAGE / "last"):
+        assert load_file(folder / "model.safetensors").keys() == untrained.keys()
+
+
 @pytest.mark.parametrize("packing", ["stream", "padded"])
 def test_other_packings_train_and_go_on(run, packing):
     flags = {"packing": packing, "max_steps": 4, "grad_accum": 2}
@@ -156,6 +201,8 @@ def test_the_log_is_in_the_founding_format(run, capfd, records):
         parts = sorted(record["components"].items(), key=lambda item: -item[1]["weighted"])
         block = [f"[Step {record['step']}]", f"Total Loss: {record['total']:.2f}"]
         block += [f"  {name}_loss: {part['weighted']:.2f} ({part['share']:.0%})" for name, part in parts]
+        raw = record["diagnostics"]["layerwise_raw"]
+        block.append(f"[Raw] layerwise by sum/(B*S*D): {raw:.4g}, not in the loss")
         assert "\n".join(block) in out
     evaluations = re.findall(r"\[Eval\] loss: (\d+\.\d{3}), ppl: (\d+\.\d)", out)
     assert len(evaluations) == len([r for r in log if r["event"] == "eval"]) == 3
@@ -237,6 +284,32 @@ def test_a_learning_rate_of_0_is_found_out(run, train_py, monkeypatch, capsys):
     assert "the learning rate of the first optimizer step is 0.0" in capsys.readouterr().err
 
 
+def test_what_is_in_no_loss_is_logged_as_a_mean_over_micro_batches_and_steps(run, records, monkeypatch):
+    forward, seen = DistillationModule.forward, []
+
+    def watched(self, batch, teacher, counts):
+        losses = forward(self, batch, teacher, counts)
+        seen.append(losses.diagnostics["layerwise_raw"].item())
+        return losses
+
+    monkeypatch.setattr(DistillationModule, "forward", watched)
+    folder = run(batch_size=2, grad_accum=3, log_steps=2)
+    logged = [r["diagnostics"]["layerwise_raw"] for r in records(folder / STAGE / "log.jsonl") if r["event"] == "train"]
+    assert logged == pytest.approx([sum(seen[i : i + 6]) / 6 for i in range(0, 18, 6)])
+
+
+def test_what_is_in_no_loss_may_be_anything(run, records, monkeypatch):
+    forward = DistillationModule.forward
+
+    def faulty(self, batch, teacher, counts):
+        return forward(self, batch, teacher, counts)._replace(diagnostics={"layerwise_raw": torch.tensor(torch.nan)})
+
+    monkeypatch.setattr(DistillationModule, "forward", faulty)
+    train = [r for r in records(run(detail_steps=1) / STAGE / "log.jsonl") if r["event"] == "train"]
+    assert [(r["step"], r["skipped_steps"]) for r in train] == [(step, 0) for step in range(1, 7)]
+    assert all(math.isnan(r["diagnostics"]["layerwise_raw"]) for r in train)
+
+
 def planted_nan(monkeypatch, at: set[int]) -> None:
     """Make the kd loss NaN in these forward passes, counted from 1."""
     forward, calls = DistillationModule.forward, iter(range(1, 1000))
@@ -245,7 +318,7 @@ def planted_nan(monkeypatch, at: set[int]) -> None:
         losses = forward(self, batch, teacher, counts)
         if next(calls) not in at:
             return losses
-        return Losses(losses.total * torch.nan, losses.raw | {"kd": losses.raw["kd"] * torch.nan})
+        return losses._replace(total=losses.total * torch.nan, raw=losses.raw | {"kd": losses.raw["kd"] * torch.nan})
 
     monkeypatch.setattr(DistillationModule, "forward", faulty)
 
@@ -282,6 +355,7 @@ def test_a_taken_output_folder_is_left_alone(run, tmp_path, capsys):
         ({"data": "absent.txt"}, "--data absent.txt: No such file or directory"),
         ({"teacher": "absent"}, "cannot load the model absent"),
         ({"student_layers": "7"}, "--student-layers must rise within the teacher's layers 0 to 3, got '7'"),
+        ({"layer_map": "0:4"}, "--layer-map 0:4: the teacher's blocks are 0 to 3, or -4 to -1, got 4"),
         ({"seq_len": 64}, "--seq-len 64 is more than the 16 positions of the teacher"),
         ({"precision": "fp16"}, "--precision fp16 needs a CUDA GPU"),
     ],

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastdistill import heads
 from fastdistill.training.blocks import Batch, Blocks, Inputs, collate, cut
-from fastdistill.training.config import UsageError
 from fastdistill.training.evaluate import evaluate, perplexity
+from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.pairing import Pairing
 from fastdistill.training.tokens import Tokens
@@ -48,7 +48,7 @@ def teacher() -> Teacher:
 def test_each_component_is_its_definition_on_whole_logits(blocks, teacher):
     student = model(2, seed=0)
     module = DistillationModule(
-        student, Weights(kd=0.3, lm=0.6, layerwise=0.1), temperature=3.0, layer_map=[(0, 1), (1, 3)]
+        student, Weights(kd=0.3, lm=0.6, layerwise=0.1), temperature=3.0, layerwise=LayerwiseLoss([(0, 1), (1, 3)])
     )
     batch = batch_of(blocks)
     losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
@@ -92,7 +92,7 @@ def test_ids_above_the_tokenizers_are_padding_of_the_heads_and_not_compared(bloc
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_of_a_window_add_up_to_the_window(blocks, teacher, size):
     def gradients(rows: list[range]) -> list[torch.Tensor | None]:
-        module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layer_map=[(0, 1), (1, 3)])
+        module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layerwise=LayerwiseLoss([(0, 1), (1, 3)]))
         batches = [batch_of(blocks, part) for part in rows]
         counts = module.count(batches)
         for batch in batches:
@@ -105,7 +105,7 @@ def test_micro_batches_of_a_window_add_up_to_the_window(blocks, teacher, size):
 
 
 def test_padding_changes_nothing(blocks, teacher):
-    module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layer_map=[(0, 1), (1, 3)])
+    module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layerwise=LayerwiseLoss([(0, 1), (1, 3)]))
     totals = []
     for filler in (0, 39):
         batch = batch_of(blocks)
@@ -125,7 +125,9 @@ def test_under_autocast_the_heads_multiply_in_its_precision_and_masters_keep_the
     half_teacher = Teacher(copy.deepcopy(teacher.model).to(half))
 
     def step(teacher: Teacher, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        module = DistillationModule(copy.deepcopy(student), Weights(0.5, 0.5, 0.5), layer_map=[(0, 1), (1, 3)])
+        module = DistillationModule(
+            copy.deepcopy(student), Weights(0.5, 0.5, 0.5), layerwise=LayerwiseLoss([(0, 1), (1, 3)])
+        )
         with torch.autocast("cpu", half, enabled=autocast):
             losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
         losses.total.backward()
@@ -159,15 +161,16 @@ def test_documents_in_a_row_do_not_see_each_other(teacher):
 
 
 def test_a_component_of_weight_0_is_not_built(blocks):
-    module = DistillationModule(model(2, seed=0), Weights(kd=0, lm=1, layerwise=0), layer_map=[(0, 1)])
+    module = DistillationModule(model(2, seed=0), Weights(kd=0, lm=1, layerwise=0))
     batch = batch_of(blocks)
     assert module.teacher_layers == []
     assert set(module(batch, None, module.count([batch])).raw) == {"lm"}
 
 
-def test_a_layerwise_loss_needs_a_map():
-    with pytest.raises(UsageError, match="--layerwise-weight needs a layer map"):
-        DistillationModule(model(2, seed=0), Weights(kd=0, lm=1, layerwise=1))
+@pytest.mark.parametrize(("weight", "layerwise"), [(1.0, None), (0.0, LayerwiseLoss([(0, 1)]))])
+def test_a_layerwise_loss_and_its_weight_go_together(weight, layerwise):
+    with pytest.raises(ValueError, match="layerwise must be given where its weight is not 0 and only there"):
+        DistillationModule(model(2, seed=0), Weights(kd=0, lm=1, layerwise=weight), layerwise=layerwise)
 
 
 def test_held_out_loss_is_the_models_own(blocks):
