@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,8 @@ def test_layers_that_are_alike_are_one_launch_up_to_32(launched):
 
 def test_layers_that_are_not_alike_are_launched_apart(launched):
     wide, narrow = random_states(2, 4, 8, layers=3), random_states(2, 4, 6, layers=2)
-    ours(**{name: [wide[name][0], narrow[name][0], *wide[name][1:], narrow[name][1]] for name in wide})
+    mixed: dict[str, Any] = {name: [wide[name][0], narrow[name][0], *wide[name][1:], narrow[name][1]] for name in wide}
+    ours(**mixed)
     assert sorted(launched) == [2, 3]
 
 
