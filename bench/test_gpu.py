@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from bench import gpu_largest_batch as batch
+from bench import gpu_layer_loss as layers
 from bench import gpu_linear_softmax_kl as linear
 from bench import gpu_softmax_kl as logits
 from fastdistill.backend import obstacle_to_triton
-from fastdistill.testing import DEVICE, random_logits, random_targets, relative_error
+from fastdistill.testing import DEVICE, random_logits, random_states, random_targets, relative_error
 
 needs_triton = pytest.mark.skipif(
     obstacle_to_triton(DEVICE, None) is not None, reason="Triton needs a GPU, or what stands in for it"
@@ -31,6 +32,35 @@ def test_every_implementation_on_triton_computes_the_same_loss_and_gradient():
         loss_error, gradient_error = logits.errors(step, student, teacher, targets)
         assert loss_error < 1e-5, name
         assert gradient_error < 1e-5, name
+
+
+@needs_triton
+@pytest.mark.parametrize("form", layers.FORMS)
+def test_every_implementation_on_triton_computes_the_same_distance_and_gradients(form):
+    students, teachers = random_states(6, 129, layers=3).values()
+    students = [student.requires_grad_() for student in students]
+    compared = layers.steps(students, teachers, form)
+    assert compared.keys() == {"eager", "torch.compile", "fastdistill", "fastdistill, PyTorch path"}
+    for name, step in compared.items():
+        assert max(layers.errors(step, students, teachers, form)) < 1e-5, name
+
+
+@needs_triton
+def test_a_result_of_layer_loss_says_what_was_run_and_its_share_of_the_copy_rate(monkeypatch):
+    """Its times, rates and peaks are stood in for."""
+    monkeypatch.setattr(layers, "SHAPES", [(3, 6, 129, torch.float32)])
+    monkeypatch.setattr(layers, "median_ms", lambda step: (step(), 2.0)[1])
+    monkeypatch.setattr(layers, "peak_bytes", lambda step: (step(), 1_000_000)[1])
+    monkeypatch.setattr(layers, "copy_rate", lambda elements, dtype: 0.01)
+    found = list(layers.results())
+    assert {(each["implementation"], each["form"]) for each in found} == {
+        (name, form)
+        for name in ("eager", "torch.compile", "fastdistill", "fastdistill, PyTorch path")
+        for form in layers.FORMS
+    }
+    for each in found:
+        assert each["gb_per_s"] == pytest.approx(3 * 6 * 129 * 20 / 2e-3 / 1e9)
+        assert each["of_copy"] == pytest.approx(each["gb_per_s"] / 0.01)
 
 
 @needs_triton
@@ -85,7 +115,7 @@ def test_the_largest_that_fits_is_found(limit):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-@pytest.mark.parametrize("name", ["gpu_softmax_kl", "gpu_linear_softmax_kl", "gpu_largest_batch"])
+@pytest.mark.parametrize("name", ["gpu_softmax_kl", "gpu_linear_softmax_kl", "gpu_layer_loss", "gpu_largest_batch"])
 def test_a_machine_without_a_gpu_is_told_so(name, tmp_path):
     command = [sys.executable, "-m", f"bench.{name}", str(tmp_path / "results.json")]
     process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
