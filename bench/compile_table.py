@@ -1,4 +1,4 @@
-"""The Markdown table of a compile check: python -m bench.compile_table docs/compile-check.json"""
+"""The Markdown tables of a compile check: python -m bench.compile_table docs/compile-check.json"""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ((60, "float16"), (60, "bfloat16"), (75, "float16"), (80, "bfloat16"), (90, "bfloat16"))
-KERNELS = ("_softmax_kl_stats_kernel", "_softmax_kl_grad_kernel")
-ONE_LAUNCH = "_softmax_kl_one_launch_kernel"
+OPERATIONS = ("softmax_kl", "layer_loss")
 
 
-def table(check: dict[str, Any]) -> str:
+def table(check: dict[str, Any], operation: str) -> str:
     """A row a case; instructions a pair for the statistics / for the gradient, then registers of each kernel."""
+    two_launches = f"_{operation}_stats_kernel", f"_{operation}_grad_kernel"
+    one_launch = f"_{operation}_one_launch_kernel"
     found = {(each["case"], each["kernel"], each["arch"], each["dtype"]): each["code"] for each in check["results"]}
-    cases = sorted({case for case, kernel, *_ in found if kernel in (KERNELS[0], ONE_LAUNCH)})
+    cases = sorted({case for case, kernel, *_ in found if kernel in (two_launches[0], one_launch)})
     lines = [
         f"| form | {' | '.join(f'sm_{arch} {dtype}' for arch, dtype in COLUMNS)} |",
         f"| --- |{' ---: |' * len(COLUMNS)}",
     ]
     for case in cases:
-        kernels = [kernel for kernel in (*KERNELS, ONE_LAUNCH) if (case, kernel, *COLUMNS[0]) in found]
+        kernels = [kernel for kernel in (*two_launches, one_launch) if (case, kernel, *COLUMNS[0]) in found]
         cells = [_cell([found[case, kernel, *column] for kernel in kernels]) for column in COLUMNS]
         lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -34,4 +35,5 @@ def _cell(codes: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    check = json.loads(Path(sys.argv[1]).read_text())
+    print("\n\n".join(table(check, operation) for operation in OPERATIONS))

@@ -29,7 +29,8 @@ def test_instruction_counts_are_those_of_the_kept_compile_check():
     check = json.loads((ROOT / "docs" / "compile-check.json").read_text(encoding="utf-8"))
     assert {each["arch"] for each in check["results"]} == {60, 61, 70, 75, 80, 86, 89, 90, 100, 120}
     assert [each for each in check["results"] if each["failures"]] == []
-    assert compile_table.table(check) in (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
+    assert [each for each in compile_table.OPERATIONS if compile_table.table(check, each) not in page] == []
 
 
 def test_the_memory_law_is_that_of_the_kept_points():

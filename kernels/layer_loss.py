@@ -196,6 +196,8 @@ def _layer_loss_stats_kernel(
     BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """The sum of weighted errors over a program's tokens, and what their gradients need."""
+    if WIDE:
+        tl.assume(width > BLOCK_D)
     layer = tl.program_id(1)
     student_ptr, teacher_ptr = _of_layer(students, layer), _of_layer(teachers, layer)
     saved_ptr += layer.to(tl.int64) * rows

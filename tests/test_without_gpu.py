@@ -25,6 +25,7 @@ LOSSES = [
     "tests/test_cross_vocab.py",
     "tests/test_linear_half.py",
     "tests/test_linear_ops.py",
+    "tests/test_layer_loss.py",
 ]
 PARITY = [f"{LOSSES[0]}::test_every_{what}_matches_the_definition" for what in ("keyword", "vocabulary_size_and_dtype")]
 LINEAR_PARITY = [
@@ -32,9 +33,15 @@ LINEAR_PARITY = [
     f"{LOSSES[2]}::test_shared_matches_the_definition",
     f"{LOSSES[3]}::test_every_keyword_matches_the_definition",
 ]
+LAYER_PARITY = f"{LOSSES[5]}::test_every_keyword_matches_the_definition"
+LAYER_SIZES = [
+    f"{LOSSES[5]}::test_any_number_of_layers_matches_the_definition",
+    f"{LOSSES[5]}::test_a_width_beyond_one_tile_matches_the_definition",
+]
+LAYER_DTYPES = f"{LOSSES[5]}::test_incoming_gradient_scales_the_gradient"
 NEAR_THE_TEACHER = f"{LOSSES[3]}::test_near_the_teacher_the_gradient_is_that_of_unrounded_logits"
 KERNELS = ["tests/kernels", "bench/test_gpu.py"]
-COMPILED = ["tests/ptx/test_triton_kernels.py", "tests/ptx/test_softmax_kl_traffic.py"]
+COMPILED = [f"tests/ptx/test_{what}.py" for what in ("triton_kernels", "softmax_kl_traffic", "layer_loss_traffic")]
 
 WAYS = {
     "sm_60": {"FASTDISTILL_PTX": "60"},
@@ -43,10 +50,10 @@ WAYS = {
     "sm_90": {"FASTDISTILL_PTX": "90"},
 }
 SOME_TESTS = {
-    "sm_60": [*COMPILED, "tests/kernels/test_softmax_kl_kernel.py", *PARITY],
-    "interpreter": [*KERNELS, *PARITY, LOSSES[4]],
-    "sm_75": [*COMPILED, *LINEAR_PARITY],
-    "sm_90": [*COMPILED, *PARITY, NEAR_THE_TEACHER],
+    "sm_60": [*COMPILED, "tests/kernels/test_softmax_kl_kernel.py", *PARITY, LAYER_PARITY],
+    "interpreter": [*KERNELS, *PARITY, LOSSES[4], LAYER_PARITY],
+    "sm_75": [*COMPILED, *LINEAR_PARITY, *LAYER_SIZES],
+    "sm_90": [*COMPILED, *PARITY, NEAR_THE_TEACHER, LAYER_DTYPES],
 }
 ALL_TESTS = {way: [*KERNELS, *LOSSES, *([] if way == "interpreter" else COMPILED)] for way in WAYS}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdistill import hidden_states, layer_loss, ops, reference
+from fastdistill.backend import obstacle_to_triton
 from fastdistill.kernels import layer_loss as kernels
 from fastdistill.kernels.launch import TilePlan
 from fastdistill.testing import DEVICE, assert_matches, differentiate, random_mask, random_states
@@ -21,6 +22,7 @@ ours = partial(layer_loss, impl="triton")
 @pytest.fixture
 def launched(monkeypatch) -> list[int]:
     """How many layers each launch has, from here on."""
+    assert obstacle_to_triton(DEVICE, None, "layer_loss") is None  # or its trial would be among them
     made = []
     run = ops.layer_loss
 
@@ -72,7 +74,7 @@ def test_tiles_change_nothing_but_the_order_of_sums(rows, columns, tiles, width,
     assert_matches(ours, reference.layer_loss, arguments | {"metric": metric, "normalize": normalize}, STATES)
 
 
-@pytest.mark.parametrize("programs", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("programs", [1, 63, 64, 65, 130])
 def test_the_sums_of_any_number_of_programs_are_added(programs, monkeypatch):
     monkeypatch.setattr(kernels, "tile_plan", lambda *sizes: TilePlan(1, 1, 2, 1, programs))
     assert_matches(ours, reference.layer_loss, random_states(programs, 2, layers=3), STATES)
