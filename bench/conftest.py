@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +16,16 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(machine())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def freed_memory_is_kept():
+    """Whether glibc hands freed memory back to the system, to be had anew page by page, hangs on what lies beside it."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold, most = -1, -3, 32 << 20
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_threshold, most)
+
+
 @pytest.fixture
 def size(benchmark) -> str:
     """ "real", or "tiny" where benchmarks are disabled and their bodies run once as tests."""
@@ -24,8 +36,8 @@ def size(benchmark) -> str:
 def measure(benchmark) -> Callable[..., None]:
     """Time `make_step(**case)()` and record the case and its peak memory."""
 
-    def run(operation: str, make_step: Callable[..., Callable[[], None]], **case) -> None:
-        benchmark.pedantic(make_step(**case), rounds=3)
+    def run(operation: str, make_step: Callable[..., Callable[[], None]], *, rounds: int = 3, **case) -> None:
+        benchmark.pedantic(make_step(**case), rounds=rounds, warmup_rounds=1)
         if not benchmark.disabled:
             benchmark.extra_info.update(operation=operation, **case, peak_mb=peak_memory_mb(operation, **case))
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from fastdistill import checks
 from fastdistill.align import common_positions, mean
 from fastdistill.backend import choose_impl
-from fastdistill.layer_loss_torch import layer_chunks, layer_error
+from fastdistill.layer_loss_torch import layer_errors
 from fastdistill.losses import count_tokens, number_on_device, with_unit_stride
 from fastdistill.outputs import LayerLossOutput
-from fastdistill.reference import combine_layers, compute_dtype, layer_token_weights
-from fastdistill.rows import TokenRows, token_rows
+from fastdistill.reference import compute_dtype, layer_token_weights
+from fastdistill.rows import token_rows
 
 MAX_LAUNCHED = 32
 """Layers in one launch of the kernels, `MAX_LAYERS` of kernels/layer_loss.py."""
@@ -73,78 +73,55 @@ def layer_loss(
     if mask is not None:
         checks.check_mask(mask, leading, student_states[0])
         mask = mask.detach()
-    arguments = student_states, teacher_states, mask, skip_first, num_tokens
-    if choose_impl("layer_loss", impl, student_states[0].device) == "triton":
-        return _layer_loss_triton(*arguments, layer_weights, metric if metric == "cosine" else normalize)
-    return combine_layers(_layer_losses_torch(*arguments, metric, normalize), layer_weights)
+    form = metric if metric == "cosine" else normalize
+    use_triton = choose_impl("layer_loss", impl, student_states[0].device) == "triton"
+    losses, per_layer = [], {}
+    for part in _alike(student_states, teacher_states):
+        students, teachers = [student_states[i] for i in part], [teacher_states[i] for i in part]
+        shape, dtype = common_positions(students[0], teachers[0]), compute_dtype(students[0])
+        weights = layer_token_weights(shape, mask, skip_first, dtype, students[0].device)
+        n = count_tokens(num_tokens, weights)
+        factors = _factors(layer_weights, len(student_states), weights)
+        compute = _layer_loss_triton if use_triton else _layer_loss_torch
+        loss, own = compute(students, teachers, weights, n, torch.stack([factors[i] for i in part]), form)
+        losses.append(loss)
+        per_layer |= dict(zip(part, own.detach().unbind(), strict=True))
+    return LayerLossOutput(sum(losses[1:], losses[0]), torch.stack([per_layer[i] for i in range(len(student_states))]))
 
 
-def _layer_losses_torch(
-    student_states: list[Tensor],
-    teacher_states: list[Tensor],
-    mask: Tensor | None,
-    skip_first: int,
-    num_tokens: float | Tensor | None,
-    metric: str,
-    normalize: str,
-) -> list[Tensor]:
-    """Each layer's loss, 0-d."""
-    counted: dict[tuple[Any, ...], tuple[list[TokenRows], Tensor]] = {}
-    per_layer = []
-    for student, teacher in zip(student_states, teacher_states, strict=True):
-        shape, dtype = common_positions(student, teacher), compute_dtype(student)
-        alike = shape, dtype, student.shape[-1]
-        if alike not in counted:
-            weights = layer_token_weights(shape, mask, skip_first, dtype, student.device)
-            rows = token_rows(weights, None, drop_uncounted=student.device.type == "cpu")
-            counted[alike] = layer_chunks(rows, student), count_tokens(num_tokens, weights)
-        chunks, n = counted[alike]
-        per_layer.append(mean(layer_error(student, teacher, chunks, metric, normalize), n))
-    return per_layer
+def _alike(students: list[Tensor], teachers: list[Tensor]) -> list[list[int]]:
+    """Numbers of the layers that can be computed together: of one width, dtype and layout, with a gradient all or none.
+
+    They are as many as one launch of the kernels takes, at most.
+    """
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        of_student = student.dtype, student.shape, student.stride(), student.requires_grad
+        alike.setdefault((*of_student, teacher.dtype, teacher.shape, teacher.stride()), []).append(i)
+    return [part[i : i + MAX_LAUNCHED] for part in alike.values() for i in range(0, len(part), MAX_LAUNCHED)]
+
+
+def _layer_loss_torch(
+    students: list[Tensor], teachers: list[Tensor], weights: Tensor, num_tokens: Tensor, factors: Tensor, form: str
+) -> tuple[Tensor, Tensor]:
+    """The layers' part of the loss, 0-d, and each one's own loss, `[L]`."""
+    rows = token_rows(weights, None, drop_uncounted=weights.device.type == "cpu")
+    per_layer = mean(layer_errors(students, teachers, rows, form), num_tokens)
+    return torch.where(factors > 0, factors * per_layer, 0).sum(), per_layer
 
 
 def _layer_loss_triton(
-    student_states: list[Tensor],
-    teacher_states: list[Tensor],
-    mask: Tensor | None,
-    skip_first: int,
-    num_tokens: float | Tensor | None,
-    layer_weights: list[float] | Tensor | None,
-    form: str,
-) -> LayerLossOutput:
+    students: list[Tensor], teachers: list[Tensor], weights: Tensor, num_tokens: Tensor, factors: Tensor, form: str
+) -> tuple[Tensor, Tensor]:
+    """The same by one launch of the kernels."""
     from fastdistill import ops
 
-    students = [with_unit_stride(state) for state in student_states]
-    teachers = [with_unit_stride(state.detach()) for state in teacher_states]
-    losses, per_layer = [], {}
-    for part in _launches(students, teachers):
-        student, shape = students[part[0]], common_positions(students[part[0]], teachers[part[0]])
-        weights = layer_token_weights(shape, mask, skip_first, compute_dtype(student), student.device)
-        n = count_tokens(num_tokens, weights)
-        if weights.shape != student.shape[:-1]:
-            weights = F.pad(weights, (0, student.shape[1] - shape[1]))
-        factors = _factors(layer_weights, len(students), weights)
-        loss, own, _ = ops.layer_loss(
-            [students[i] for i in part],
-            [teachers[i] for i in part],
-            weights.contiguous(),
-            n,
-            torch.stack([factors[i] for i in part]),
-            form,
-        )
-        losses.append(loss)
-        per_layer |= dict(zip(part, own.detach().unbind(), strict=True))
-    return LayerLossOutput(sum(losses[1:], losses[0]), torch.stack([per_layer[i] for i in range(len(students))]))
-
-
-def _launches(students: list[Tensor], teachers: list[Tensor]) -> list[list[int]]:
-    """Numbers of the layers that go into each launch: of one width, dtype and layout, with a gradient all or none."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for i, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
-        of_student = student.dtype, student.stride(), student.requires_grad
-        key = (*of_student, teacher.dtype, teacher.shape, teacher.stride())
-        alike.setdefault(key, []).append(i)
-    return [part[i : i + MAX_LAUNCHED] for part in alike.values() for i in range(0, len(part), MAX_LAUNCHED)]
+    if weights.shape != students[0].shape[:-1]:  # positions that the teacher lacks
+        weights = F.pad(weights, (0, students[0].shape[1] - weights.shape[1]))
+    students = [with_unit_stride(state) for state in students]
+    teachers = [with_unit_stride(state.detach()) for state in teachers]
+    loss, per_layer, _ = ops.layer_loss(students, teachers, weights.contiguous(), num_tokens, factors, form)
+    return loss, per_layer
 
 
 def _factors(layer_weights: list[float] | Tensor | None, layers: int, beside: Tensor) -> Sequence[Tensor]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenRows:
-    """`n` tokens, each the place `[sequence, position]` in the `[B, S, ...]` inputs; all fields `[n]`.
+    """`n` tokens, each the place `[sequence, position]` in the `[B, S, ...]` inputs; tensors `[n]`.
 
     Rows are addressed by number, so inputs of unequal length or odd strides are never cut or flattened by a copy.
     """
@@ -21,6 +20,8 @@ class TokenRows:
     position: Tensor
     weights: Tensor
     targets: Tensor | None
+    positions: int
+    """S of the grid that they are taken from."""
     all_counted: bool
     """False where a row may have weight 0: its values and gradient must then be set to 0."""
 
@@ -29,41 +30,45 @@ class TokenRows:
 
     def chunks(self, size: int) -> Iterator[TokenRows]:
         """The rows in order, `size` at a time; one chunk of nothing where there are none."""
-        for start in range(0, max(1, len(self)), size):
-            part = slice(start, start + size)
+        return self.split(size for _ in range(0, max(1, len(self)), size))
+
+    def split(self, sizes: Iterable[int]) -> Iterator[TokenRows]:
+        """The rows in order, so many at a time."""
+        start = 0
+        for size in sizes:
+            part = slice(start, start := start + size)
             yield TokenRows(
                 self.sequence[part],
                 self.position[part],
                 self.weights[part],
                 None if self.targets is None else self.targets[part],
+                self.positions,
                 self.all_counted,
             )
 
+    def runs(self) -> list[int]:
+        """How many rows follow one another before one is left out, from the first on; on the CPU, as it reads."""
+        flat = self.sequence * self.positions + self.position
+        ends = 1 + (flat[1:] != flat[:-1] + 1).nonzero()[:, 0]
+        return ends.diff(prepend=ends.new_zeros(1), append=ends.new_full((1,), len(flat))).tolist()
+
     def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of `tensor` `[B, S, X]` or `[N, X]` as a new `[n, X]`."""
-        tensor = _as_sequences(tensor)
-        if tensor.stride(0) == tensor.shape[1] * tensor.stride(1):  # flattens to a view, and index_select is faster
-            rows = self.sequence * tensor.shape[1] + self.position
-            return tensor.flatten(0, 1).index_select(0, rows).to(dtype)
+        flat = flattened(tensor)
+        if flat is not None:  # and index_select is faster
+            return flat.index_select(0, self.sequence * tensor.shape[-2] + self.position).to(dtype)
         return tensor[self.sequence, self.position].to(dtype)
 
-    def neighbours(self, tensor: Tensor) -> Tensor | None:
-        """The rows of `tensor` as a view `[n, X]`, where they lie one after another; else, and on a GPU, None.
+    def span(self, positions: int) -> slice | None:
+        """Where the rows are in `[B * positions, X]`, if they lie one after another; else, and on a GPU, None.
 
         There it would have to be waited for to know.
         """
-        if tensor.device.type != "cpu" or len(self) == 0:
+        if self.weights.device.type != "cpu" or len(self) == 0:
             return None
-        tensor = _as_sequences(tensor)
-        if tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
-            return None
-        first, last = (sequence * tensor.shape[1] + position for sequence, position in self._ends)
-        return tensor.flatten(0, 1)[first : last + 1] if last - first == len(self) - 1 else None
-
-    @cached_property
-    def _ends(self) -> list[list[int]]:
-        """The places of the first row and the last."""
-        return torch.stack([self.sequence[[0, -1]], self.position[[0, -1]]], 1).tolist()
+        places = torch.stack([self.sequence[[0, -1]], self.position[[0, -1]]], 1).tolist()
+        first, last = (sequence * positions + position for sequence, position in places)
+        return slice(first, last + 1) if last - first == len(self) - 1 else None
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write `values` `[n, ...]` into the rows of `tensor` `[B, S, ...]` or `[N, ...]`."""
@@ -97,8 +102,16 @@ def token_rows(weights: Tensor, targets: Tensor | None, *, drop_uncounted: bool)
         position,
         grid[sequence, position],
         None if targets is None else _as_sequences(targets, 2)[sequence, position],
+        positions=grid.shape[1],
         all_counted=drop_uncounted,
     )
+
+
+def flattened(tensor: Tensor) -> Tensor | None:
+    """`[B, S, X]` or `[N, X]` as a view `[rows, X]`, if there is one."""
+    if tensor.ndim == 2:
+        return tensor
+    return tensor.flatten(0, 1) if tensor.stride(0) == tensor.shape[1] * tensor.stride(1) else None
 
 
 def _as_sequences(tensor: Tensor, ndim: int = 3) -> Tensor:
