@@ -18,7 +18,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture(scope="session", autouse=True)
 def freed_memory_is_kept():
-    """Whether glibc hands freed memory back to the system, to be had anew page by page, hangs on what lies beside it."""
+    """Or glibc hands it back to the system, to be had anew page by page, as the chance of what lies beside it will."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         m_trim_threshold, m_mmap_threshold, most = -1, -3, 32 << 20

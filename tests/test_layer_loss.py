@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from fastdistill import LayerLossOutput, layer_loss, layer_loss_torch, reference
+from fastdistill.rows import token_rows
 from fastdistill.testing import (
     DEVICE,
     DTYPES,
@@ -169,6 +170,41 @@ def test_incoming_gradient_scales_the_gradient(dloss, dtype, metric, normalize, 
 def test_chunk_size_does_not_change_the_result(chunk_bytes, metric, normalize, impl, monkeypatch):
     monkeypatch.setattr(layer_loss_torch, "CHUNK_BYTES", chunk_bytes)
     assert_matches_definition(states(B, S, D) | {"mask": WEIGHTS, "metric": metric, "normalize": normalize}, impl)
+
+
+PLACES = {
+    "all": lambda rows, places: rows >= 0,
+    "padded_right": lambda rows, places: places < 9 - 2 * rows,
+    "padded_left": lambda rows, places: places >= 3 * rows,
+    "parted": lambda rows, places: (places != 4) & (rows != 1),
+}
+
+
+@each_form
+@pytest.mark.parametrize("counted", PLACES.values(), ids=PLACES.keys())
+@pytest.mark.parametrize("teacher_positions", [7, 9, 11])
+@pytest.mark.parametrize("rows", [1, 2, 5, 100])
+def test_tokens_that_lie_together_match_the_definition(
+    rows, teacher_positions, counted, metric, normalize, monkeypatch
+):
+    """They are used where they are, in chunks of so many rows, however few they are."""
+    monkeypatch.setattr(layer_loss_torch, "SCATTERED", 0)
+    monkeypatch.setattr(layer_loss_torch, "CHUNK_BYTES", rows * 4 * D)
+    arguments = states(3, 9, D) | {"teacher_states": states(3, teacher_positions, D)["teacher_states"]}
+    mask = counted(torch.arange(3)[:, None], torch.arange(9)).expand(3, 9).to(DEVICE)
+    assert_matches_definition(arguments | {"mask": mask, "metric": metric, "normalize": normalize}, "torch")
+
+
+def test_tokens_that_lie_together_are_chunks_of_about_one_length_and_scattered_ones_are_joined():
+    def sizes(*runs: int) -> list[int]:
+        """Of runs of tokens, each followed by one that does not count."""
+        weights = torch.cat([F.pad(torch.ones(run), (0, 1)) for run in runs])
+        rows = token_rows(weights, None, drop_uncounted=True)
+        return layer_loss_torch._sizes(rows, layer_loss_torch.CHUNK_BYTES // 100)
+
+    assert sizes(250) == [84, 83, 83]
+    assert sizes(100, 130, 70) == [100, 65, 65, 70]
+    assert sizes(*[10] * 25) == [84, 83, 83]
 
 
 LAYOUTS = {
