@@ -27,11 +27,11 @@ from fastdistill.rows import TokenRows, flattened
 CHUNK_BYTES = 1 << 21
 """Bytes of one [tokens, D] buffer. Two are in use, and stay in the second-level caches of the CPU cores at work."""
 
-SCATTERED = 64
-"""Fewer rows than these lying together, on average, are copied together: each chunk has its cost."""
-
 GPU_CHUNK_BYTES = 128 << 20
 """The same on a GPU, where a chunk must be large beside the cost of launching its operations. Never measured on one."""
+
+SCATTERED = 64
+"""Fewer rows than these lying together, on average, are copied together: each chunk has its cost."""
 
 
 def layer_errors(students: list[Tensor], teachers: list[Tensor], rows: TokenRows, form: str) -> Tensor:
