@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastdistill.differentiation import first_derivative_only, full_precision
+from fastdistill.differentiation import first_derivative_only
 from fastdistill.reference import LAYER_EPS, compute_dtype
 from fastdistill.rows import TokenRows, flattened
 
@@ -124,13 +124,12 @@ class _LayerErrors(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, form, layers, *states):
         sums = rows.weights.new_empty(SUMS[form], layers, len(rows))
-        with full_precision(rows.weights):
-            for chunk in _chunks(states[:layers], states[layers:], rows):
-                _sum_up(form, sums[:, chunk.layer, chunk.part], chunk.student, chunk.teacher, *chunk.buffers)
-            errors = _errors(form, sums, states[0].shape[-1]) * rows.weights
-            ctx.save_for_backward(sums, *states)
-            ctx.rows, ctx.form = rows, form
-            return rows.zero_uncounted_(errors.T).sum(0)
+        for chunk in _chunks(states[:layers], states[layers:], rows):
+            _sum_up(form, sums[:, chunk.layer, chunk.part], chunk.student, chunk.teacher, *chunk.buffers)
+        errors = _errors(form, sums, states[0].shape[-1]) * rows.weights
+        ctx.save_for_backward(sums, *states)
+        ctx.rows, ctx.form = rows, form
+        return rows.zero_uncounted_(errors.T).sum(0)
 
     @staticmethod
     @first_derivative_only
@@ -139,18 +138,17 @@ class _LayerErrors(torch.autograd.Function):
         students, teachers = states[: len(dloss)], states[len(dloss) :]
         rows, form = ctx.rows, ctx.form
         outputs = [_output(student, rows) for student in students]
-        with full_precision(dloss):
-            factors = _factors(form, sums, students[0].shape[-1])
-            factors[0] *= dloss[:, None] * rows.weights
-            for chunk in _chunks(students, teachers, rows):
-                output, buffers = outputs[chunk.layer], chunk.buffers
-                direct = chunk.span is not None and output.dtype == chunk.student.dtype
-                into = output.view(-1, output.shape[-1])[chunk.span] if direct else buffers[1]
-                numbers = factors[:, chunk.layer, chunk.part, None].unbind()
-                _write_gradient(into, buffers[0], chunk.student, chunk.teacher, *numbers)
-                chunk.rows.zero_uncounted_(into)
-                if not direct:
-                    chunk.rows.put(output, into)
+        factors = _factors(form, sums, students[0].shape[-1])
+        factors[0] *= dloss[:, None] * rows.weights
+        for chunk in _chunks(students, teachers, rows):
+            output, buffers = outputs[chunk.layer], chunk.buffers
+            direct = chunk.span is not None and output.dtype == chunk.student.dtype
+            into = output.view(-1, output.shape[-1])[chunk.span] if direct else buffers[1]
+            numbers = factors[:, chunk.layer, chunk.part, None].unbind()
+            _write_gradient(into, buffers[0], chunk.student, chunk.teacher, *numbers)
+            chunk.rows.zero_uncounted_(into)
+            if not direct:
+                chunk.rows.put(output, into)
         for output, is_off in zip(outputs, dloss == 0, strict=True):  # layers left out, whatever they hold
             if dloss.device.type != "cpu" or is_off:
                 output.masked_fill_(is_off, 0)
@@ -162,7 +160,7 @@ def _output(student: Tensor, rows: TokenRows) -> Tensor:
     output = torch.empty_like(student, memory_format=torch.contiguous_format)
     if len(rows) == student[..., 0].numel():
         return output
-    if student.device.type != "cpu":  # to know which rows those are it would have to be waited for
+    if not rows.all_counted:  # on a GPU, which would have to be waited for to know where they are
         return output.zero_()
     left_out = torch.ones_like(student[..., 0], dtype=torch.bool)
     rows.put(left_out, torch.zeros_like(rows.weights))

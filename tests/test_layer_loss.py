@@ -164,6 +164,17 @@ def test_incoming_gradient_scales_the_gradient(dloss, dtype, metric, normalize, 
     assert_matches_definition(arguments, impl, dloss)
 
 
+@each_form
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_gradient_is_that_of_float32_rounded_once(dtype, metric, normalize):
+    halves = states(64, 96, dtype=dtype) | {"metric": metric, "normalize": normalize}
+    floats = {name: [x.float() for x in y] if isinstance(y, list) else y for name, y in halves.items()}
+    (_, gradients), (_, exact) = (
+        differentiate(partial(layer_loss, impl="torch"), arguments, STATES, 65536) for arguments in (halves, floats)
+    )
+    assert all(torch.equal(gradient, float32.to(dtype)) for gradient, float32 in zip(gradients, exact, strict=True))
+
+
 @each_impl
 @each_form
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * D * 5, 4 * D * 12])  # one token, some that do not divide 12, all
