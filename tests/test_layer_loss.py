@@ -34,7 +34,7 @@ IMPLS = impls_of("layer_loss")
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 each_form = pytest.mark.parametrize(("metric", "normalize"), FORMS)
 each_function = pytest.mark.parametrize(
-    "function", [reference.layer_loss, *(partial(layer_loss, impl=impl) for impl in IMPLS)]
+    "function", [reference.layer_loss, *(partial(layer_loss, impl=impl) for impl in IMPLS)], ids=["definition", *IMPLS]
 )
 
 STATES = ("student_states",)

@@ -38,6 +38,11 @@ LAYER_SIZES = [
     f"{LOSSES[5]}::test_any_number_of_layers_matches_the_definition",
     f"{LOSSES[5]}::test_a_width_beyond_one_tile_matches_the_definition",
 ]
+LAYER_EDGES = [
+    f"{LOSSES[5]}::test_no_token_gives_loss_0_and_gradient_0",
+    f"{LOSSES[5]}::test_what_does_not_count_may_hold_anything",
+    f"{LOSSES[5]}::test_loss_is_the_same_at_any_length",
+]
 LAYER_DTYPES = f"{LOSSES[5]}::test_incoming_gradient_scales_the_gradient"
 NEAR_THE_TEACHER = f"{LOSSES[3]}::test_near_the_teacher_the_gradient_is_that_of_unrounded_logits"
 KERNELS = ["tests/kernels", "bench/test_gpu.py"]
@@ -51,8 +56,8 @@ WAYS = {
 }
 SOME_TESTS = {
     "sm_60": [*COMPILED, "tests/kernels/test_softmax_kl_kernel.py", *PARITY, LAYER_PARITY],
-    "interpreter": [*KERNELS, *PARITY, LOSSES[4], LAYER_PARITY],
-    "sm_75": [*COMPILED, *LINEAR_PARITY, *LAYER_SIZES],
+    "interpreter": [*KERNELS, *PARITY, LOSSES[4], LAYER_PARITY, *LAYER_EDGES],
+    "sm_75": [*COMPILED, *LINEAR_PARITY, *LAYER_SIZES, *LAYER_EDGES],
     "sm_90": [*COMPILED, *PARITY, NEAR_THE_TEACHER, LAYER_DTYPES],
 }
 ALL_TESTS = {way: [*KERNELS, *LOSSES, *([] if way == "interpreter" else COMPILED)] for way in WAYS}
