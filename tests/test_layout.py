@@ -122,7 +122,8 @@ def test_a_loss_on_a_cpu_loads_no_compiler():
     program = (
         "import sys, torch, fastdistill; x = torch.ones(2, 3, requires_grad=True);"
         "heads = x, x, x.detach(), x.detach(); losses = fastdistill.linear_softmax_kl(*heads).loss,"
-        "fastdistill.linear_softmax_kl(*heads, reduction='none').loss.sum(), fastdistill.softmax_kl(*heads[1:3]).loss;"
+        "fastdistill.linear_softmax_kl(*heads, reduction='none').loss.sum(), fastdistill.softmax_kl(*heads[1:3]).loss,"
+        "fastdistill.layer_loss([x], [x.detach()]).loss;"
         "sum(losses).backward();"
         "print(*sys.modules)"
     )
