@@ -35,7 +35,11 @@ class Config:
     teacher: str = _flag("demo", "'demo' (trained here once, then cached), a model folder, hub name or .gguf file")
     teacher_dtype: str = _flag("auto", "number format of the teacher; auto: --precision's", ("auto", *_DTYPES))
     teacher_bits: int | None = _flag(None, "load the teacher quantised to 8 or 4 bits, by bitsandbytes", (None, 8, 4))
-    teacher_device: str = _flag("auto", "where the teacher computes; auto: where the student does", ("auto", "cpu"))
+    teacher_device: str = _flag(
+        "auto",
+        "where the teacher computes; auto: where the student does; sharded: its blocks spread over the processes",
+        ("auto", "cpu", "sharded"),
+    )
     student: str | None = _flag(None, "model folder or hub name to start from; default: layers of the teacher")
     student_layers: str = _flag(
         "every-other",
@@ -79,7 +83,8 @@ class Config:
     epochs: float = _flag(1.0, "passes over the student's text, unless --max-steps is given")
     max_steps: int | None = _flag(None, "optimizer steps")
     stop_at: int | None = _flag(None, "end the run at this step of a student, saved, without changing the schedule")
-    batch_size: int = _flag(8, "sequences in a micro-batch")
+    max_hours: float | None = _flag(None, "end the run after this long, saved, without changing the schedule")
+    batch_size: int = _flag(8, "sequences in a micro-batch of one process")
     grad_accum: int = _flag(1, "micro-batches in an optimizer step")
     seq_len: int = _flag(128, "tokens in a sequence")
     lr: float = _flag(5e-4, "peak learning rate")
@@ -87,7 +92,15 @@ class Config:
     warmup_steps: int = _flag(20, "optimizer steps of linear warm-up")
     weight_decay: float = _flag(0.1, "AdamW weight decay of matrices")
     clip: float = _flag(1.0, "largest gradient norm")
-    precision: str = _flag("auto", "number format of the student's forward pass", ("auto", *_DTYPES))
+    precision: str = _flag(
+        "auto",
+        "number format of the student's forward pass; its weights stay fp32. auto: bf16 where the GPU\n"
+        "computes in it, fp16 on older ones, fp32 on a CPU",
+        ("auto", *_DTYPES),
+    )
+    gradient_checkpointing: bool = _flag(False, "compute the student's blocks twice, to hold one block's activations")
+    ema_decay: float = _flag(0.0, "evaluate and keep a running mean of the weights; 0: the weights themselves")
+    shard: bool = _flag(False, "spread weights, gradients and optimizer over the processes (FSDP2), in place of DDP")
 
     kd_weight: float = _flag(0.5, "weight of T^2 KL(teacher || student)")
     lm_weight: float = _flag(0.5, "weight of the next-token cross-entropy")
@@ -120,9 +133,13 @@ class Config:
     log_steps: int = _flag(100, "steps between log lines")
     detail_steps: int = _flag(1000, "steps between detailed blocks")
     eval_steps: int = _flag(500, "steps between evaluations on held-out text")
+    patience: int | None = _flag(None, "stop after this many evaluations without a better held-out loss")
+    min_delta: float = _flag(0.0, "how many nats lower a held-out loss must be to count as better")
+    patience_from: int = _flag(0, "step from which --patience counts")
     save_steps: int = _flag(1000, "steps between checkpoints")
     keep_checkpoints: int = _flag(2, "how many checkpoints to keep")
     max_bad_steps: int = _flag(5, "stop after this many steps in a row with a NaN or infinite loss")
+    tensorboard: bool = _flag(True, "write the log for TensorBoard too, where it is installed")
 
     teacher_steps: int = _flag(600, "demo teacher: optimizer steps")
     teacher_lr: float = _flag(3e-3, "demo teacher: peak learning rate")
@@ -144,9 +161,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{_dashed(name)} must be at least 1, got {value}")
-        for name in ("lr", "teacher_lr", "clip", "temperature", "epochs"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"--{_dashed(name)} must be greater than 0, got {getattr(self, name)}")
+        for name in ("lr", "teacher_lr", "clip", "temperature", "epochs", "max_hours"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"--{_dashed(name)} must be greater than 0, got {value}")
         for name in _AT_LEAST_ZERO:
             if getattr(self, name) < 0:
                 raise UsageError(f"--{_dashed(name)} must be at least 0, got {getattr(self, name)}")
@@ -157,6 +175,10 @@ class Config:
                 f"--layerwise-skip-first must be less than --seq-len {self.seq_len}, got {self.layerwise_skip_first}: "
                 "no position would be left to compare"
             )
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"--ema-decay must be in [0, 1), got {self.ema_decay}")
+        if self.teacher_device == "sharded" and self.teacher_bits:
+            raise UsageError("--teacher-device sharded: a teacher quantised by --teacher-bits cannot be spread")
         if not 0 < self.data_share <= 1:
             raise UsageError(f"--data-share must be in (0, 1], got {self.data_share}")
         if self.kd_weight == self.lm_weight == self.layerwise_weight == 0:
@@ -167,15 +189,17 @@ class Config:
 
 _AT_LEAST_ONE = (
     "seeds", "max_steps", "stop_at", "batch_size", "grad_accum", "log_steps", "detail_steps", "eval_steps",
-    "save_steps", "keep_checkpoints", "max_bad_steps", "teacher_steps", "teacher_depth",
+    "save_steps", "keep_checkpoints", "max_bad_steps", "teacher_steps", "teacher_depth", "patience",
 )  # fmt: skip
 
 _AT_LEAST_ZERO = (
     "kd_weight", "lm_weight", "layerwise_weight", "layerwise_skip_first", "weight_decay", "warmup_steps", "seed",
+    "min_delta", "patience_from",
 )  # fmt: skip
 
 MAY_CHANGE_ON_RESUME = {
-    "output_dir", "resume", "stop_at", "log_steps", "detail_steps", "save_steps", "keep_checkpoints", "max_bad_steps",
+    "output_dir", "resume", "stop_at", "max_hours", "log_steps", "detail_steps", "save_steps", "keep_checkpoints",
+    "max_bad_steps", "tensorboard", "gradient_checkpointing",
 }  # fmt: skip
 """Fields that leave the numbers of a run alone; any other must stay as the run began with it."""
 
@@ -276,7 +300,7 @@ def _resumed(flags: dict[str, Any]) -> Config:
                 f"--{_dashed(key)} {value} differs from the {saved.get(key)} that the run in {flags['output_dir']} "
                 "began with: leave it out, or start a new run in another --output-dir"
             )
-    settings: dict[str, Any] = {**saved, "stop_at": None, **asked}
+    settings: dict[str, Any] = {**saved, "stop_at": None, "max_hours": None, **asked}
     return Config(**settings)
 
 
