@@ -1,20 +1,18 @@
 """Distil a causal language model into a smaller one: `python train.py`, `python train.py --help`.
 
 Reads top to bottom: the command, the run (a teacher, then for each seed a student with and without it), the loop.
+Started by `torchrun` or `accelerate launch`, each process runs all of it, on its own part of every batch.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
-import json
 import math
-import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -24,25 +22,26 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdistill.training import checkpoint, demo, export, report
-from fastdistill.training.blocks import Blocks, collate
+from fastdistill.training import checkpoint, demo, engine, export, memory, random_state, report, whole
+from fastdistill.training.averaged import AveragedWeights
+from fastdistill.training.blocks import collate
+from fastdistill.training.clock import Clock
 from fastdistill.training.config import Config, UsageError, abandon_output, open_output, parse
-from fastdistill.training.data import Cutter, TrainingText, prepare
-from fastdistill.training.engine import StopRequest, make_accelerator, make_optimizer, teacher_dtype
-from fastdistill.training.evaluate import Evaluation, evaluate
-from fastdistill.training.guard import BadStepGuard, FirstStepGuard, TrainingFault
+from fastdistill.training.data import Cutter, prepare
+from fastdistill.training.evaluate import evaluate
+from fastdistill.training.guard import BadStepGuard, MovementGuard, Patience, TrainingFault
 from fastdistill.training.loading import load
 from fastdistill.training.models import check_fit
 from fastdistill.training.monitor import Monitor
-from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.objective import DistillationModule, Teacher, TokenCounts, Weights
 from fastdistill.training.pairing import Pairing, describe, pair
+from fastdistill.training.precision import Precision
+from fastdistill.training.reading import Reading
 from fastdistill.training.schedule import learning_rate
 from fastdistill.training.sources import Source, open_sources
+from fastdistill.training.stage import Progress, Result, Stage
+from fastdistill.training.stop import Stopped, StopRequest, how_to_go_on
 from fastdistill.training.student import obtain_student
-
-
-class Stopped(Exception):
-    """The run ends before its last step, as it was asked to; all that it needs to go on is saved."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,244 +49,260 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is written
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    output, speaks = None, True
     try:
         config = parse(argv)
-        output = open_output(config)
+        accelerator = engine.make_accelerator()
+        speaks = accelerator.is_main_process
+        output = engine.on_main(accelerator, lambda: open_output(config))
+        run(config, output, accelerator)
+        return 0
     except UsageError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    try:
-        run(config, output)
-    except UsageError as error:
-        abandon_output(output)
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        if output and speaks:
+            abandon_output(output)
+        code, message = 2, str(error)
     except TrainingFault as error:
-        print(f"train.py: stopped: {error}", file=sys.stderr)
-        return 1
+        code, message = 1, f"stopped: {error}" + how_to_go_on(output, error.go_on)
     except (Stopped, KeyboardInterrupt) as stop:
-        go_on = [os.path.relpath(sys.executable), "train.py", "--resume", "--output-dir", str(output)]
-        print(f"\n{stop or 'Interrupted'}. To go on:\n  {shlex.join(go_on)}", file=sys.stderr)
-        return 0 if isinstance(stop, Stopped) and config.stop_at else 130
-    return 0
+        code = 0 if isinstance(stop, Stopped) and stop.asked else 130
+        message = (str(stop) or "interrupted") + how_to_go_on(output, [])
+    if speaks:
+        print(f"train.py: {message}", file=sys.stderr)
+    return code
 
 
-def run(config: Config, output: Path) -> None:
-    started = time.perf_counter()
-    accelerator = make_accelerator(config.precision)
-    print(f"fastdistill: {accelerator.device}, mixed precision {accelerator.mixed_precision}; the run is in {output}")
+def run(config: Config, output: Path, accelerator: Accelerator) -> None:
+    started, say = time.monotonic(), accelerator.print
+    precision = Precision.choose(config.precision, accelerator.device)
+    say(f"fastdistill: {engine.describe(accelerator)}, {precision.describe()}; the run is in {output}")
 
-    sources = open_sources(config.data, text_field=config.text_field, streaming=config.streaming)
+    with accelerator.main_process_first():  # the others find in the cache what it has made
+        sources = open_sources(config.data, text_field=config.text_field, streaming=config.streaming)
     for note in chain.from_iterable(source.notes for source in sources):
-        print(note)
-    teacher_model, teacher_tokenizer = obtain_teacher(config, sources, output, accelerator)
+        say(note)
+    teacher_model, teacher_tokenizer = obtain_teacher(config, sources, output, accelerator, precision)
     student_tokenizer = load(config.student)[1] if config.student else teacher_tokenizer
     pairing = pair(student_tokenizer, teacher_tokenizer, config, accelerator.device)
-    all_text, held_out = prepare(sources, Cutter(pairing.tokenizers, config.seq_len, config.packing))
-    print(describe(pairing, held_out))
-    print(f"{all_text.describe()} to learn from, {held_out.num_targets():,} tokens held out")
+    with accelerator.main_process_first():
+        all_text, held_out = prepare(sources, Cutter(pairing.tokenizers, config.seq_len, config.packing))
+    say(describe(pairing, held_out))
+    say(f"{all_text.describe()} to learn from, {held_out.num_targets():,} tokens held out")
 
     check_fit(teacher_model, config, "teacher")
-    teacher = Teacher(teacher_model, accelerator.device)
-    itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model)}
+    with accelerator.main_process_first():
+        untrained, layer_map = obtain_student(config, teacher_model, all_text.sample, output / "student_layers.json")
+    if config.layerwise_weight:
+        say(layer_map.picture(config.projection))
+    teacher = Teacher(teacher_model, accelerator.device, shard=config.teacher_device == "sharded")
+    itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model), "accelerator": accelerator}
     rows = [report.Row("teacher", None, evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself))]
+    finished: dict[tuple[str, int], Path] = {}
+    deadline = started + 3600 * config.max_hours if config.max_hours else None
     for seed in range(config.seed, config.seed + config.seeds):
         text = all_text.draw(config.data_share, seed)
         alone = dataclasses.replace(config, kd_weight=0.0, layerwise_weight=0.0, lm_weight=1.0)
         recipes = {"ce-only": alone, "distilled": config} if config.baseline else {"distilled": config}
         for name, recipe in recipes.items():
-            print(f"\n{name}, seed {seed}: {total_steps(recipe, text)} steps on {text.describe()}")
-            set_seed(seed)
-            student, layer_map = obtain_student(recipe, teacher_model, all_text.sample, output / "student_layers.json")
-            module = DistillationModule.of(recipe, student, layer_map, pairing)
-            if recipe.layerwise_weight and seed == config.seed:
-                print(layer_map.picture(recipe.projection))
             folder = output / f"seed-{seed}" / name
-            stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer)
-            result = train(stage, module, teacher, accelerator)
+            stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer, deadline)
+            say(f"\n{name}, seed {seed}: {stage.total_steps(accelerator.num_processes)} steps on {text.describe()}")
+            module = DistillationModule.of(recipe, copy.deepcopy(untrained), layer_map, pairing)
+            result = train(stage, module, teacher, accelerator, precision)
             if len(rows) == 1:
                 rows.append(report.Row("untrained student", None, result.untrained))
             rows.append(report.Row(f"{name}, {report.BEST}", seed, result.best, result.best_step))
             rows.append(report.Row(f"{name}, {report.LAST}", seed, result.last, result.steps))
+            finished[name, seed] = stage.best_folder(result.best_step)
 
-    report.write(output, config, rows, seconds=time.perf_counter() - started)
-    export.student(output / f"seed-{config.seed}" / "distilled" / "best", output / "student", config, rows)
-    print(f"\n{(output / 'report.md').read_text()}")
-    print(f"The student is in {output / 'student'}; it writes:\n{export.sample(output / 'student')}")
+    if accelerator.is_main_process:
+        report.write(output, config, rows, seconds=time.monotonic() - started)
+        export.student(finished["distilled", config.seed], output / "student", config, rows)
+        print(f"\n{(output / 'report.md').read_text()}")
+        print(f"The student is in {output / 'student'}; it writes:\n{export.sample(output / 'student')}")
 
 
 def obtain_teacher(
-    config: Config, sources: list[Source], output: Path, accelerator: Accelerator
+    config: Config, sources: list[Source], output: Path, accelerator: Accelerator, precision: Precision
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The teacher that is named; or the demo's, from the cache or trained here on all of the text, and cached."""
-    device = torch.device("cpu") if config.teacher_device == "cpu" else accelerator.device
+    device = accelerator.device if config.teacher_device == "auto" else torch.device("cpu")
     if config.teacher != "demo":
-        dtype = teacher_dtype(config, accelerator)
-        return load(config.teacher, dtype=dtype, bits=config.teacher_bits, device=device)
+        dtype = precision.name if config.teacher_dtype == "auto" else config.teacher_dtype
+        with accelerator.main_process_first():
+            return load(config.teacher, dtype=dtype, bits=config.teacher_bits, device=device)
     recipe = demo.teacher_recipe(config)
     kept = demo.kept_teacher(recipe, sources)
-    if checkpoint.is_whole(kept):
-        print(f"teacher: the one trained before, {kept}")
+    if engine.on_main(accelerator, lambda: whole.is_whole(kept)):
+        accelerator.print(f"teacher: the one trained before, {kept}")
         return load(str(kept), device=device)
-    print(f"teacher: {recipe.max_steps} steps on all of the text, once; it will be kept in {kept}")
+    accelerator.print(f"teacher: {recipe.max_steps} steps on all of the text, once; it will be kept in {kept}")
     set_seed(recipe.seed)
     tokenizer = demo.tokenizer_of(sources, config.vocab_size)
     pairing = Pairing((tokenizer,), "one tokenizer")
     text, held_out = prepare(sources, Cutter(pairing.tokenizers, config.seq_len, config.packing))
     module = DistillationModule(demo.untrained_teacher(tokenizer, config), Weights.of(recipe), pairing=pairing)
     stage = Stage("teacher", output / "teacher", recipe, recipe.seed, text, held_out, tokenizer)
-    train(stage, module, None, accelerator)
-    checkpoint.copy_folder(stage.folder / "last", kept)
+    train(stage, module, None, accelerator, precision)
+    engine.on_main(accelerator, lambda: whole.copy_folder(stage.folder / "last", kept))
     return load(str(kept), device=device)
 
 
-def total_steps(recipe: Config, text: TrainingText) -> int:
-    window = recipe.batch_size * recipe.grad_accum
-    return recipe.max_steps or math.ceil(recipe.epochs * text.num_blocks() / window)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One model to train: where, how, and on what."""
-
-    name: str
-    folder: Path
-    recipe: Config
-    seed: int
-    text: TrainingText
-    held_out: Blocks
-    tokenizer: PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a finished stage is known by; kept as result.json beside the models `best` and `last`."""
-
-    untrained: Evaluation
-    best: Evaluation
-    best_step: int
-    last: Evaluation
-    steps: int
-
-    @classmethod
-    def read(cls, path: Path) -> Result:
-        fields = json.loads(path.read_text())
-        for name in ("untrained", "best", "last"):
-            fields[name] = Evaluation(**fields[name])
-        return cls(**fields)
-
-
-def train(stage: Stage, module: DistillationModule, teacher: Teacher | None, accelerator: Accelerator) -> Result:
+def train(
+    stage: Stage, module: DistillationModule, teacher: Teacher | None, accelerator: Accelerator, precision: Precision
+) -> Result:
     """Train `module`; a step is an optimizer step. Goes on from the newest checkpoint in the stage's folder."""
-    recipe, folder, text = stage.recipe, stage.folder, stage.text
-    if (folder / "result.json").exists():
-        print(f"{stage.name}: finished before, in {folder}")
-        return Result.read(folder / "result.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    steps, window = total_steps(recipe, text), recipe.batch_size * recipe.grad_accum
-    walk, pairing = text.walk(stage.seed), module.pairing
-    student, weights, teacher_layers, count = module.student, module.weights, module.teacher_layers, module.count
-    module, optimizer = accelerator.prepare(module, make_optimizer(module, recipe))
+    recipe, folder, say = stage.recipe, stage.folder, accelerator.print
+    main, rank, ranks = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    if finished := Result.read(folder):
+        say(f"{stage.name}: finished before, in {folder}")
+        return finished
+    engine.on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
+    steps, window, walk = stage.total_steps(ranks), stage.window(ranks), stage.text.walk(stage.seed)
+    wrapped, scaler, clock = engine.wrap(module, accelerator, recipe), precision.scaler(), Clock(accelerator.device)
+    optimizer, averaged = engine.make_optimizer(module, recipe), AveragedWeights(module, recipe.ema_decay)
+    trained = checkpoint.Trained(module, optimizer, averaged, scaler)
+    set_seed(stage.seed, device_specific=True)
 
     # Where the run stands. All of it goes into a checkpoint, and nothing else is needed to go on exactly.
-    state = {"step": 0, "samples": 0, "best_step": 0, "bad_steps": {}, "monitor": None, "walk": walk.state()}
-    newest = checkpoint.latest(folder / "checkpoints", warn=lambda message: print(f"{stage.name}: {message}"))
+    now, state = Progress(), {}
+    newest, damaged = engine.on_main(accelerator, lambda: checkpoint.latest(folder / "checkpoints"))
     if newest:
-        state = checkpoint.load(newest, module, optimizer.optimizer, accelerator.scaler)
-        print(f"{stage.name}: going on from step {state['step']}")
-    walk.seek(state["walk"])
-    step, samples, best_step = state["step"], state["samples"], state["best_step"]
-    bad_steps = BadStepGuard(recipe.max_bad_steps, **state["bad_steps"])
-    monitor = Monitor(folder / "log.jsonl", stage.name, weights.active(), steps, step, state["monitor"])
+        state = checkpoint.load(newest, trained)
+        now = Progress.of(state)
+        walk.seek(state["walk"])
+        say(f"{stage.name}: going on from step {now.step}")
+    bad_steps = BadStepGuard(recipe.max_bad_steps, **state.get("bad_steps", {}))
+    patience = Patience(
+        recipe.patience, min_delta=recipe.min_delta, start=recipe.patience_from, **state.get("patience", {})
+    )
+    monitor = Monitor(
+        folder, stage.name, module.weights.active(), steps, now.step, state.get("monitor"),
+        tensorboard=recipe.tensorboard,
+    )  # fmt: skip
+    movement, module.clock, first, before = MovementGuard(), clock, now.step + 1, (now.samples, None)
+    pending, stopping, needed = None, False, module.weights.need_teacher()
 
-    def evaluate_held_out() -> Evaluation:
-        result = evaluate(student, stage.held_out, pairing, batch_size=recipe.batch_size, teacher=teacher)
-        monitor.evaluation(step, result)
-        return result
-
-    if newest:
-        untrained, best, last = (Evaluation(**state[name]) for name in ("untrained", "best", "last"))
-    else:
-        untrained = best = last = evaluate_held_out()
-        export.model(student, stage.tokenizer, folder / "best")
-
-    def save_checkpoint() -> None:
-        counters = {"samples": samples, "best_step": best_step, "bad_steps": bad_steps.state()}
-        evaluations = {"untrained": vars(untrained), "best": vars(best), "last": vars(last)}
-        position = {**counters, **evaluations, "monitor": monitor.state(), "walk": walk.state()}
-        checkpoint.save(folder / "checkpoints", step, module, optimizer.optimizer, accelerator.scaler, position)
-        checkpoint.rotate(folder / "checkpoints", recipe.keep_checkpoints)
-
-    first_step = FirstStepGuard()
-    with monitor, StopRequest() as stop:
-        while step < steps:
-            monitor.start_step()
-            rate = learning_rate(
-                step, peak=recipe.lr, total_steps=steps, warmup_steps=recipe.warmup_steps, shape=recipe.schedule
+    def evaluate_held_out() -> None:
+        """Of the weights, or of their mean; as a model they are kept when they are the best so far."""
+        with averaged.in_place():
+            now.last = evaluate(
+                module, stage.held_out, batch_size=recipe.batch_size, teacher=teacher, accelerator=accelerator
             )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            if now.best is None or now.last.loss < now.best.loss:
+                now.best, now.best_step = now.last, now.step
+                export.model(module.student, stage.tokenizer, stage.best_folder(now.step))
+        monitor.evaluation(now.step, now.last)
+        patience.observe(now.step, now.last.loss)
 
+    def save_checkpoint(samples: int, generators: dict[str, torch.Tensor] | None = None) -> None:
+        guards = {"bad_steps": bad_steps.state(), "patience": patience.state(), "monitor": monitor.state()}
+        position = {**now.state(), **guards, "samples": samples, "walk": walk.state()}
+        checkpoint.save(folder / "checkpoints", now.step, trained, position, generators)
+        if main:
+            kept = checkpoint.rotate(folder / "checkpoints", recipe.keep_checkpoints)
+            stage.keep_best({now.best_step, *(each["best_step"] for each in kept)})
+
+    def settle() -> bool:
+        """Take in what the latest optimizer step has made known, once; whether it moved the weights."""
+        nonlocal pending, stopping
+        if pending is None:
+            return True
+        (reading, rate), pending = pending, None
+        values = reading.values()
+        norm, total, tokens = (values.pop(name) for name in ("gradient norm", "total", "tokens"))
+        stopping = values.pop("stop") > 0
+        raw = {name: values.pop(name) for name in monitor.weights}
+        # With a gradient scaler an infinite norm is its to handle: it skips the step and lowers its scale.
+        finite = bad_steps.accept({**raw, "total": total} | ({} if scaler else {"gradient norm": norm}))
+        if not (finite and math.isfinite(norm)):
+            movement.forget()
+            monitor.warn(now.step, f"step skipped, not finite: loss {total}, gradient norm {norm}")
+            if scaler and scaler.get_scale() < 1:
+                raise TrainingFault("float16 gradients overflow even at a loss scale below 1")
+            return False
+        now.step += 1
+        averaged.update(now.step)
+        monitor.add(raw, total, diagnostics=values, tokens=int(tokens), learning_rate=rate, gradient_norm=norm)
+        if now.step == first:
+            movement.check(rate)
+        return True
+
+    def save_before_window() -> None:
+        """Drop the window that was begun: it is begun again when the run goes on."""
+        optimizer.zero_grad()
+        settle()
+        save_checkpoint(*before)
+
+    rescue = memory.rescue(save_before_window if ranks == 1 else None, recipe)
+    with monitor, StopRequest(stage.deadline) as stop, rescue:
+        for message in damaged:
+            monitor.warn(now.step, message)
+        if now.untrained is None:
+            evaluate_held_out()
+            now.untrained = now.last
+        while now.step < steps and not patience.exhausted:
+            before = now.samples, random_state.capture()
+            clock.start()
             # The whole window first: every micro-batch is divided by the window's tokens, so that 1 x 8 equals 8 x 1,
             # and rows of like length go together without weighing a token by the length of its row.
-            blocks = sorted(walk.take(samples, window), key=lambda block: len(block[0].ids))
-            parts = [blocks[i : i + recipe.batch_size] for i in range(0, window, recipe.batch_size)]
-            batches = [collate(part, accelerator.device, align=pairing.align) for part in parts]
-            counts = count(batches)
-            samples += window
+            blocks = sorted(walk.take(now.samples, window), key=lambda block: len(block[0].ids))
+            parts = [blocks[i : i + recipe.batch_size] for i in range(0, window, recipe.batch_size)][rank::ranks]
+            batches = [collate(part, accelerator.device, align=module.pairing.align) for part in parts]
+            counts = TokenCounts(*engine.over_processes(module.count(batches), accelerator))
+            now.samples += window
+            clock.mark("data")
             sums: dict[str, torch.Tensor] = {}
-            means: dict[str, torch.Tensor] = {}
-            for batch in batches:
-                states = teacher(batch.teacher, teacher_layers) if teacher and weights.need_teacher() else None
-                losses = module(batch, states, counts)
-                accelerator.backward(losses.total)
-                for name, value in {**losses.raw, "total": losses.total.detach()}.items():
+            for number, batch in enumerate(batches, 1):
+                states = teacher(batch.teacher, module.teacher_layers) if teacher and needed else None
+                clock.mark("teacher")
+                with engine.exchanging(wrapped, now=number == len(batches)):
+                    with precision.autocast():
+                        losses = wrapped(batch, states, counts)
+                    engine.backward(losses.total, ranks, scaler)
+                means = {name: value / (len(batches) * ranks) for name, value in losses.diagnostics.items()}
+                for name, value in {**losses.raw, **means, "total": losses.total.detach()}.items():
                     sums[name] = sums.get(name, 0) + value
-                for name, value in losses.diagnostics.items():
-                    means[name] = means.get(name, 0) + value / len(batches)
-            norm = accelerator.clip_grad_norm_(module.parameters(), recipe.clip)
+                clock.mark("backward")
+            norm = engine.clip_gradients(module, optimizer, recipe.clip, scaler)
 
-            # One read of the device for all: the loss must be known to be finite before it moves the weights.
-            numbers = [torch.as_tensor(norm), counts.targets, *sums.values(), *means.values()]
-            norm, tokens, *values = torch.stack(numbers).tolist()
-            raw = dict(zip(sums, values[: len(sums)], strict=True))
-            total = raw.pop("total")
-            diagnostics = dict(zip(means, values[len(sums) :], strict=True))
-            # With a gradient scaler an infinite norm is its to handle: it skips the step and lowers its scale.
-            must_be_finite = {**raw, "total": total} | ({} if accelerator.scaler else {"gradient norm": norm})
-            finite = bad_steps.accept(must_be_finite)
-            if finite or accelerator.scaler:
-                first_step.before_step(module)
-                optimizer.step()
-            optimizer.zero_grad()
-            if not finite or accelerator.optimizer_step_was_skipped:
-                monitor.warn(step, f"step skipped, not finite: loss {total}, gradient norm {norm}")
-                if accelerator.scaler and accelerator.scaler.get_scale() < 1:
-                    raise TrainingFault("float16 gradients overflow even at a loss scale below 1")
+            settle()  # the step before: its numbers came while the device made these gradients, and nothing waited
+            rate = learning_rate(
+                now.step, peak=recipe.lr, total_steps=steps, warmup_steps=recipe.warmup_steps, shape=recipe.schedule
+            )
+            movement.watch(module)
+            engine.step_if_finite(optimizer, rate, norm, scaler)
+            clock.mark("optimizer")
+            sums["stop"] = torch.full_like(norm, stop.requested)
+            sums = dict(zip(sums, engine.over_processes(sums.values(), accelerator), strict=True))
+            pending = Reading({**sums, "gradient norm": norm, "tokens": counts.targets}), rate
+
+            # Where the numbers are wanted they are waited for.
+            if not (stopping or stage.is_due(now.step + 1, steps)) or not settle():
                 continue
-            first_step.after_step(rate)
-            step += 1
-
-            monitor.add(raw, total, diagnostics, int(tokens))
-            if step % recipe.log_steps == 0 or step == steps:
-                detailed = step % recipe.detail_steps == 0
-                monitor.log(step, learning_rate=rate, gradient_norm=norm, skipped=bad_steps.skipped, detailed=detailed)
-            if step % recipe.eval_steps == 0 or step == steps:
-                last = evaluate_held_out()
-                if last.loss < best.loss:
-                    best, best_step = last, step
-                    export.model(student, stage.tokenizer, folder / "best")
-            stopping = step < steps and (stop.requested or step == recipe.stop_at)
-            if stopping or step % recipe.save_steps == 0 or step == steps:
-                save_checkpoint()
+            before = now.samples, random_state.capture()
+            monitor.took(clock.read())
+            if now.step % recipe.log_steps == 0 or now.step == steps:
+                peak = memory.peak_memory(accelerator.device)
+                detailed = now.step % recipe.detail_steps == 0
+                monitor.log(now.step, skipped=bad_steps.skipped, peak_memory=peak, detailed=detailed)
+                movement.check(rate)
+            if now.step % recipe.eval_steps == 0 or now.step == steps:
+                evaluate_held_out()
+            stopping = now.step < steps and (stopping or now.step == recipe.stop_at)
+            if stopping or now.step % recipe.save_steps == 0 or now.step == steps or patience.exhausted:
+                save_checkpoint(*before)
             if stopping:
-                raise Stopped(f"{stage.name}: stopped and saved at step {step} of {steps}")
+                message = f"{stage.name}: stopped and saved at step {now.step} of {steps}"
+                raise Stopped(message, asked=not stop.signalled)
 
-    export.model(student, stage.tokenizer, folder / "last")
-    result = Result(untrained, best, best_step, last, step)
-    checkpoint.write_atomically(folder / "result.json", json.dumps(dataclasses.asdict(result), indent=2))
-    accelerator.free_memory()
-    return result
+    if patience.exhausted:
+        say(f"{stage.name}: stopped early at step {now.step}: {patience.waited} evaluations without a better one")
+    with averaged.in_place():
+        export.model(module.student, stage.tokenizer, folder / "last")
+    if main:
+        now.result().write(folder)
+    accelerator.wait_for_everyone()
+    return now.result()
 
 
 if __name__ == "__main__":

@@ -156,8 +156,8 @@ def collate(blocks: Sequence[Block], device: torch.device, *, align: str = "byte
             shared = min(mask.shape[1], int(_mask(others).shape[1]))
             row, position = (counted[:, :shared] & _mask(others)[:, :shared]).nonzero(as_tuple=True)
             found = (row, position, position)
-        pairs = Pairs(*(index.to(device) for index in found))
-    return Batch(student, mask.to(device), targets.to(device), teacher, pairs)
+        pairs = Pairs(*(_on(device, index) for index in found))
+    return Batch(student, _on(device, mask), _on(device, targets), teacher, pairs)
 
 
 def _read(tokens: Tokens, span: list[int], packing: str) -> Reading:
@@ -218,10 +218,15 @@ def _mask(readings: Sequence[Reading]) -> Tensor:
 
 
 def _inputs(readings: Sequence[Reading], device: torch.device) -> Inputs:
-    ids = _pad([reading.ids for reading in readings], 0).to(device)
+    ids = _on(device, _pad([reading.ids for reading in readings], 0))
     if all(torch.equal(reading.positions, torch.arange(len(reading.ids))) for reading in readings):
         return Inputs(ids, None)
-    return Inputs(ids, _pad([reading.positions for reading in readings], 0).to(device))
+    return Inputs(ids, _on(device, _pad([reading.positions for reading in readings], 0)))
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """A copy on the device; from pinned memory, it is queued there and not waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _pad(rows: Sequence[Tensor | None], value: float) -> Tensor:

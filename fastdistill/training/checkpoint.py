@@ -1,188 +1,162 @@
-"""Checkpoints that are whole or not there: safetensors and JSON, a manifest of hashes last, then a rename."""
+"""Checkpoints: everything that a run needs to go on exactly as if it had not stopped, as safetensors and JSON."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-MANIFEST = "manifest.json"
+from fastdistill.training import random_state
+from fastdistill.training.averaged import AveragedWeights
+from fastdistill.training.guard import TrainingFault
+from fastdistill.training.whole import DamagedError, verify, write_folder
+
+FILES = ("model.safetensors", "optimizer.safetensors", "averaged.safetensors", "random.safetensors", "state.json")
 
 
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used, and why."""
+@dataclass(frozen=True)
+class Trained:
+    """All that training changes, beside the generators and the caller's own counters."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    averaged: AveragedWeights
+    scaler: torch.amp.GradScaler | None
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """File, name and live tensor of each; a tied one once. Optimizer state goes by the parameter's name."""
+        seen = set()
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if id(value) not in seen:
+                seen.add(id(value))
+                yield "model", name, value
+        for name, parameter in self.module.named_parameters():
+            for field, value in self.optimizer.state.get(parameter, {}).items():
+                yield "optimizer", f"{name}/{field}", value
+        for name, value in self.averaged.means.items():
+            yield "averaged", name, value
 
 
 def save(
     folder: Path,
     step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
+    trained: Trained,
     state: dict[str, Any],
-) -> Path:
-    """Write `folder/step-<step>`: everything that the run needs to go on exactly as if it had not stopped."""
+    generators: dict[str, Tensor] | None = None,
+) -> None:
+    """Write `folder/step-<step>`. Every process calls it, since shards are gathered; the first writes.
+
+    `generators` are the random generators' if not as they are now; `state` is JSON.
+
+    Raises:
+        TrainingFault: it could not be written (a full disk, say). What was there before is as it was.
+    """
+    processes = PartialState()
+    files: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "averaged": {}, "random": {}}
+    for file, name, value in trained.tensors():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if processes.is_main_process:
+            files[file][name] = whole.detach().contiguous().cpu()
+    for rank, own in enumerate(gather_object([generators or random_state.capture()])):
+        files["random"] |= {f"{rank}/{name}": value for name, value in own.items()}
+    if not processes.is_main_process:
+        return
+    scaler = trained.scaler and trained.scaler.state_dict()
 
     def write(path: Path) -> None:
-        save_model(module, str(path / "model.safetensors"))
-        save_file(_optimizer_tensors(module, optimizer), path / "optimizer.safetensors")
-        save_file(_random_tensors(), path / "random.safetensors")
-        everything = {
-            "step": step,
-            "python_random": random.getstate(),
-            "scaler": scaler and scaler.state_dict(),
-            **state,
-        }
-        (path / "state.json").write_text(json.dumps(everything))
+        for name, tensors in files.items():
+            save_file(tensors, path / f"{name}.safetensors")
+        (path / "state.json").write_text(
+            json.dumps({"processes": processes.num_processes, "scaler": scaler, **state, "step": step})
+        )
 
-    path = folder / f"step-{step:08d}"
-    write_folder(path, write)
-    return path
+    try:
+        write_folder(folder / f"step-{step:08d}", write)
+    except (OSError, SafetensorError) as error:
+        kept = sorted(path.name for path in folder.glob("step-*"))
+        last = f"the last good one is {folder / kept[-1]}" if kept else "there is none before it"
+        raise TrainingFault(f"the checkpoint of step {step} could not be written ({error}); {last}", []) from error
 
 
-def load(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
-) -> dict[str, Any]:
-    """Restore what `save` wrote to a checkpoint that is whole; returns `state` with `step`."""
-    load_model(module, str(path / "model.safetensors"))
-    stored = load_file(path / "optimizer.safetensors")
-    names = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    for key, value in stored.items():
-        name, field = key.rsplit("/", 1)
-        optimizer.state[names[name]][field] = value.to(names[name].device)
+def load(path: Path, trained: Trained) -> dict[str, Any]:
+    """Restore what `save` wrote to a checkpoint that is whole, random generators included; returns `state` with `step`.
+
+    Raises:
+        TrainingFault: it is of another student, or of another number of processes.
+    """
     state = json.loads((path / "state.json").read_text())
-    if scaler is not None:
-        scaler.load_state_dict(state.pop("scaler"))
-    version, numbers, gauss = state.pop("python_random")
-    random.setstate((version, tuple(numbers), gauss))
-    _restore_random(load_file(path / "random.safetensors"))
+    processes = PartialState()
+    if state["processes"] != processes.num_processes:
+        raise TrainingFault(
+            f"checkpoint {path} is of {state['processes']} processes, and there are {processes.num_processes}: launch "
+            "as many"
+        )
+    stored = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer", "averaged", "random")}
+    for name, parameter in trained.module.named_parameters():
+        fields = {key.rsplit("/", 1)[1] for key in stored["optimizer"] if key.rsplit("/", 1)[0] == name}
+        for field in fields:
+            like = parameter if field != "step" else torch.zeros((), device=parameter.device)
+            trained.optimizer.state[parameter][field] = torch.zeros_like(like, requires_grad=False)
+    live = {(file, name): value for file, name, value in trained.tensors()}
+    found = {(file, name) for file in ("model", "optimizer", "averaged") for name in stored[file]}
+    if odd := sorted(found ^ live.keys()):
+        raise TrainingFault(f"checkpoint {path} is of another model: {odd[0][1]} is in one of them alone")
+    with torch.no_grad():
+        for (file, name), value in live.items():
+            whole = stored[file][name]
+            if whole.shape != value.shape:
+                raise TrainingFault(
+                    f"checkpoint {path} is of another model: {name} is {list(whole.shape)} there and "
+                    f"{list(value.shape)} here"
+                )
+            if isinstance(value, DTensor):
+                whole = distribute_tensor(whole.to(value.device), value.device_mesh, value.placements)
+            value.copy_(whole)
+    if trained.scaler is not None:
+        trained.scaler.load_state_dict(state["scaler"])
+    own = f"{processes.process_index}/"
+    random_state.restore({k.removeprefix(own): v for k, v in stored["random"].items() if k.startswith(own)})
     return state
 
 
-def latest(folder: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint in `folder`; each damaged one is named through `warn` and passed over."""
+def latest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in `folder`, None where none was ever written; and what is to be said of newer ones.
+
+    Those are damaged. They are set aside, so that they are neither deleted nor counted among those that are kept.
+
+    Raises:
+        TrainingFault: all are damaged.
+    """
+    said: list[str] = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            verify(path)
-        except CheckpointError as error:
-            warn(f"{error}; using the one before it")
+            verify(path, FILES)
+        except DamagedError as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            said.append(f"checkpoint {error}; it is now {aside.name}, and the one before it is used")
         else:
-            return path
-    return None
+            return path, said
+    if said:
+        raise TrainingFault(f"{said[0].split(';')[0]}, and so is each before it: move {folder} away to begin anew")
+    return None, said
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in sorted(folder.glob("step-*"))[:-keep]:
+def rotate(folder: Path, keep: int) -> list[dict[str, Any]]:
+    """Delete all but the newest `keep` checkpoints; the state of each that stays."""
+    paths = sorted(folder.glob("step-*"))
+    for path in paths[:-keep]:
         shutil.rmtree(path)
-
-
-def verify(path: Path) -> None:
-    """Raise `CheckpointError` unless every file is there with the bytes that were written."""
-    try:
-        hashes = json.loads((path / MANIFEST).read_text())["sha256"]
-        for name, expected in hashes.items():
-            if _sha256(path / name) != expected:
-                raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its hash")
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} is incomplete: {error.strerror}: {error.filename}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} cannot be read") from error
-
-
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Make the folder `path` with the files that `write` puts into it, all at once: a reader sees all or nothing.
-
-    The files go to a folder beside it first and to the disk, then a manifest of their hashes, then the name changes.
-    A folder that is there already is replaced.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    (partial / MANIFEST).unlink(missing_ok=True)  # that of a folder whose files were copied
-    files = sorted(file for file in partial.rglob("*") if file.is_file())
-    hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
-    (partial / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=2))
-    for file in (*files, partial / MANIFEST, partial):
-        _sync(file)
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
-    _sync(path.parent)
-
-
-def is_whole(path: Path) -> bool:
-    """Whether `path` is a folder that `write_folder` made, unharmed."""
-    try:
-        verify(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def copy_folder(source: Path, path: Path) -> None:
-    """Copy the folder `source` to `path`, whole or not at all."""
-    write_folder(path, lambda partial: shutil.copytree(source, partial, dirs_exist_ok=True))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _sync(partial)
-    partial.rename(path)
-    _sync(path.parent)
-
-
-def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, not by position; tied parameters have one name and stand once."""
-    tensors = {}
-    for name, parameter in module.named_parameters():
-        for field, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{field}"] = value.detach().contiguous()
-    return tensors
-
-
-def _random_tensors() -> dict[str, Tensor]:
-    _, numbers, position, *_ = numpy.random.get_state(legacy=True)
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.tensor(numbers.tolist() + [position]),  # pyright: ignore[reportAttributeAccessIssue]
-    }
-    if torch.cuda.is_available():
-        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return tensors
-
-
-def _restore_random(tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["torch"])
-    *numbers, position = tensors["numpy"].tolist()
-    numpy.random.set_state(("MT19937", numpy.array(numbers, dtype=numpy.uint32), position, 0, 0.0))
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"cuda{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return [json.loads((path / "state.json").read_text()) for path in paths[-keep:]]

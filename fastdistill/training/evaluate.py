@@ -6,13 +6,17 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from fastdistill import linear_cross_vocab_kl, linear_softmax_kl
-from fastdistill.training.blocks import IGNORED, Blocks, collate
-from fastdistill.training.models import parts
-from fastdistill.training.objective import Teacher, fed
+from fastdistill.training.blocks import Blocks, collate
+from fastdistill.training.engine import over_processes
+from fastdistill.training.models import evaluating
+from fastdistill.training.objective import DistillationModule, Sums, Teacher, Weights
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
+
+_LM = Weights(kd=0.0, lm=1.0, layerwise=0.0)
 
 
 @dataclass(frozen=True)
@@ -41,65 +45,39 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | DistillationModule,
     blocks: Blocks,
     pairing: Pairing = ONE_TOKENIZER,
     *,
     batch_size: int,
     teacher: Teacher | None = None,
+    accelerator: Accelerator | None = None,
 ) -> Evaluation:
-    """Language-model loss of `model` on all of `blocks`, each token once, in context of at most a block."""
-    was_training = model.training
-    model.eval()
-    own = parts(model)
-    loss = kl = top1 = 0.0
-    tokens = compared = text_bytes = 0
-    for first in range(0, len(blocks), batch_size):
-        some = [blocks[i] for i in range(first, min(first + batch_size, len(blocks)))]
-        batch = collate(some, model.device, align=pairing.align)
-        states = None if teacher is None else teacher(batch.teacher)
-        hidden = own.base(**fed(batch.student), use_cache=False).last_hidden_state
-        fused = states if pairing.is_one else None
-        out = linear_softmax_kl(
-            hidden,
-            own.head.weight,
-            fused and fused.hidden,
-            fused and fused.weight,
-            batch.targets,
-            student_bias=own.head.bias,
-            teacher_bias=fused and fused.bias,
-            kl_weight=0.0,
-            ce_weight=1.0,
-            vocab_size=pairing.vocab_size if fused else None,
-            reduction="sum",
-            metrics=fused is not None,
-        )
-        assert out.ce is not None
-        loss, tokens = loss + float(out.ce), tokens + int(out.num_tokens)
-        if pairing.text_bytes:
-            text_bytes += int(pairing.text_bytes[0][batch.targets[batch.targets != IGNORED]].sum())
-        if states is not None and not fused:
-            assert batch.pairs is not None
-            row, student_position, teacher_position = batch.pairs
-            out = linear_cross_vocab_kl(
-                hidden[row, student_position],
-                own.head.weight,
-                states.hidden[row, teacher_position],
-                states.weight,
-                pairing.shared_ids,
-                student_bias=own.head.bias,
-                teacher_bias=states.bias,
-                reduction="sum",
-                metrics=True,
-            )
-        if states is not None:
-            assert out.kl is not None
-            assert out.top1_agreement is not None
-            kl, top1, compared = kl + float(out.kl), top1 + float(out.top1_agreement), compared + int(out.num_tokens)
-    model.train(was_training)
-    result = Evaluation(loss / tokens, tokens)
+    """Language-model loss of `model` on all of `blocks`, each token once, in context of at most a block.
+
+    With an `accelerator` each process evaluates its part of them, and all know the result. A `DistillationModule` has
+    a `pairing` of its own.
+    """
+    module = model if isinstance(model, DistillationModule) else DistillationModule(model, _LM, pairing=pairing)
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device = next(module.parameters()).device
+    sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
+    with evaluating(module.student):
+        # Sharded weights are gathered by all processes together: each has as many batches, of which the last may not
+        # count.
+        for first in range(0, len(blocks), batch_size * ranks):
+            mine = range(first, min(first + batch_size * ranks, len(blocks)))[rank * batch_size :][:batch_size]
+            batch = collate([blocks[i] for i in mine or [0]], device, align=module.pairing.align)
+            states = None if teacher is None else teacher(batch.teacher)
+            sums += torch.stack(module.measure(batch, states)) * bool(mine)
+    if isinstance(module, FSDPModule):
+        module.reshard()  # a forward pass alone leaves the root's weights gathered
+    if accelerator:
+        sums = torch.stack(over_processes(sums, accelerator))
+    loss, tokens, text_bytes, kl, top1, compared = sums.tolist()
+    result = Evaluation(loss / tokens, int(tokens))
     if text_bytes:
         result = replace(result, bits_per_byte=loss / math.log(2) / text_bytes)
     if compared:
-        result = replace(result, compared=compared, kl=kl / compared, top1_agreement=top1 / compared)
+        result = replace(result, compared=int(compared), kl=kl / compared, top1_agreement=top1 / compared)
     return result

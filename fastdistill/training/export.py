@@ -8,24 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdistill.training.checkpoint import write_folder
 from fastdistill.training.config import Config
 from fastdistill.training.models import context_length
 from fastdistill.training.report import Row, recipe, table
+from fastdistill.training.whole import write_folder
 
 SAMPLE_PROMPT = "The statement"
 
 
 def model(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write model and tokenizer to the folder `path`, whole or not at all."""
+    """Write model and tokenizer to the folder `path`, whole or not at all.
+
+    Every process calls it, since sharded weights are gathered; the first writes.
+    """
+    gathered: dict[int, Any] = {}  # by identity: a tied weight stays one
+    weights = student.state_dict(keep_vars=True)
+    for value in weights.values():
+        if id(value) not in gathered:
+            gathered[id(value)] = value.full_tensor().cpu() if isinstance(value, DTensor) else value.detach()
+    state = {name: gathered[id(value)] for name, value in weights.items()}
 
     def write(folder: Path) -> None:
-        student.save_pretrained(folder)
+        student.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
 
-    write_folder(path, write)
+    if PartialState().is_main_process:
+        write_folder(path, write)
 
 
 def student(trained: Path, path: Path, config: Config, rows: Sequence[Row]) -> None:

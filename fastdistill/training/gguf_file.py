@@ -13,8 +13,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastdistill.training.cache import cache_folder
-from fastdistill.training.checkpoint import is_whole, write_folder
 from fastdistill.training.config import UsageError
+from fastdistill.training.whole import is_whole, write_folder
 
 _KIND_AND_NAME = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 _DIGIT_BY_DIGIT = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}

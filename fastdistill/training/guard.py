@@ -5,47 +5,69 @@ from __future__ import annotations
 import math
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class TrainingFault(Exception):
-    """Training cannot go on, or would not mean what it prints."""
+    """Training cannot go on, or would not mean what it prints.
+
+    `go_on` are the flags with which the run may be resumed; None where that would end in the same way.
+    """
+
+    def __init__(self, message: str, go_on: list[str] | None = None):
+        super().__init__(message)
+        self.go_on = go_on
 
 
-class FirstStepGuard:
-    """Shows that the first optimizer step happened: with a learning rate above 0, and with weights that moved.
+class MovementGuard:
+    """Shows that optimizer steps happen: with a learning rate above 0, and with weights that move.
 
-    Of each parameter it watches the element with the largest gradient, which any optimizer moves first.
+    Of each parameter it watches the element with the largest gradient, which any optimizer moves first; of a sharded
+    one, of this process's part.
     """
 
     def __init__(self) -> None:
-        self._confirmed = False
-        self._watched: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._watched: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def before_step(self, module: nn.Module) -> None:
-        """Call when the gradients are made and the optimizer has not stepped yet."""
-        if self._confirmed:
+    def watch(self, module: nn.Module) -> None:
+        """Call when the gradients are made and the optimizer has not stepped yet; only the first call since `check`
+        or `forget` looks.
+
+        Raises:
+            TrainingFault: nothing has a gradient.
+        """
+        if self._watched:
             return
+        found = [(_local(p.detach()), _local(p.grad)) for p in module.parameters() if p.grad is not None]
+        if not found:
+            raise TrainingFault("no parameter has a gradient after a backward pass: none is tied to the loss")
+        for weights, gradient in found:
+            if gradient.numel():
+                place = gradient.abs().argmax()
+                self._watched.append((weights, place, weights.flatten()[place].clone()))
+
+    def forget(self) -> None:
+        """The step that was watched was skipped, so the weights had no reason to move."""
         self._watched = []
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                place = parameter.grad.abs().argmax()
-                self._watched.append((parameter, place, parameter.detach().flatten()[place].clone()))
 
-    def after_step(self, learning_rate: float) -> None:
-        """Call when the optimizer says that it has stepped; raises `TrainingFault` if it cannot be true."""
-        if self._confirmed:
-            return
-        if not self._watched:
-            raise TrainingFault("no parameter has a gradient after the first backward: none is tied to the loss")
+    def check(self, learning_rate: float) -> None:
+        """Whether anything has moved since `watch`; reads the device.
+
+        Raises:
+            TrainingFault: it has not, or the learning rate is not above 0.
+        """
         if learning_rate <= 0:
-            raise TrainingFault(f"the learning rate of the first optimizer step is {learning_rate}, not above 0")
-        moved = [bool(p.detach().flatten()[place] != before) for p, place, before in self._watched]
-        if not any(moved):
+            raise TrainingFault(f"the learning rate of an optimizer step is {learning_rate}, not above 0")
+        if self._watched and not any(bool(weights.flatten()[i] != before) for weights, i, before in self._watched):
             raise TrainingFault(
-                f"the optimizer stepped with learning rate {learning_rate:.2e}, and none of {len(moved)} parameters "
-                "moved"
+                f"the optimizer stepped with learning rate {learning_rate:.2e}, and none of {len(self._watched)} "
+                "parameters moved"
             )
-        self._confirmed, self._watched = True, []
+        self._watched = []
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class BadStepGuard:
@@ -58,7 +80,7 @@ class BadStepGuard:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def accept(self, values: dict[str, float]) -> bool:
-        """Whether all of the window's `values`, by name, are finite. False: skip it. Raises at the limit."""
+        """Whether all of the window's `values`, by name, are finite. Raises `TrainingFault` at the limit."""
         bad = [f"{name} {value}" for name, value in values.items() if not math.isfinite(value)]
         if not bad:
             self.in_a_row = 0
@@ -68,3 +90,27 @@ class BadStepGuard:
         if self.in_a_row >= self.limit:
             raise TrainingFault(f"the loss was not finite in {self.in_a_row} steps in a row, last: {', '.join(bad)}")
         return False
+
+
+class Patience:
+    """Counts evaluations whose loss is not `min_delta` below the best before them; None as `limit` is endless."""
+
+    def __init__(
+        self, limit: int | None, *, min_delta: float = 0.0, start: int = 0, best: float | None = None, waited: int = 0
+    ):
+        self.limit, self.min_delta, self.start = limit, min_delta, start
+        self.best, self.waited = best, waited
+
+    def state(self) -> dict[str, float | int | None]:
+        return {"best": self.best, "waited": self.waited}
+
+    def observe(self, step: int, loss: float) -> None:
+        """An evaluation at `step`; before `start` none is counted."""
+        if self.best is None or loss < self.best - self.min_delta:
+            self.best, self.waited = loss, 0
+        elif step >= self.start:
+            self.waited += 1
+
+    @property
+    def exhausted(self) -> bool:
+        return self.limit is not None and self.waited >= self.limit

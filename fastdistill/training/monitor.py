@@ -1,4 +1,4 @@
-"""What a run says while it goes: progress bar, log lines in the founding format, and the same as JSONL."""
+"""What a run says while it goes: progress bar, log lines in the founding format, JSONL, TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm import tqdm
 
 from fastdistill.training.evaluate import Evaluation, perplexity
+from fastdistill.training.guard import Patience
 
 DOMINANT_SHARE = 0.8
+PLATEAU = 5
+"""A warning after so many evaluations without a lower held-out loss."""
 
 _DIAGNOSTICS = {"layerwise_raw": "layerwise by sum/(B*S*D)"}
 """What a number that is in no loss is called in the log."""
@@ -24,48 +28,74 @@ class Monitor:
 
     def __init__(
         self,
-        path: Path,
+        folder: Path,
         name: str,
         weights: dict[str, float],
         total_steps: int,
         step: int = 0,
         state: dict[str, Any] | None = None,
+        *,
+        tensorboard: bool = False,
     ):
-        """`path` is the JSONL file, `weights` the components'; a resumed stage gives its step and `state()`."""
-        self.path, self.weights, self.total_steps = path, weights, total_steps
-        state = state or {"sums": dict.fromkeys((*weights, "total"), 0.0), "steps": 0, "tokens": 0, "seconds": 0.0}
-        self.sums, self.steps = state["sums"], state["steps"]
+        """`weights` are the components'; a resumed stage gives its step and `state()`. Only the first process
+        writes or says anything.
+        """
+        self.path, self.weights, self.total_steps = folder / "log.jsonl", weights, total_steps
+        self.writes = PartialState().is_main_process
+        state = state or {}
+        self.sums: dict[str, float] = state.get("sums", dict.fromkeys((*weights, "total"), 0.0))
         self.diagnostics: dict[str, float] = state.get("diagnostics", {})
-        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.seconds: dict[str, float] = state.get("seconds", {})
+        self.steps, self.tokens = state.get("steps", 0), state.get("tokens", 0)
         self.untrained_loss: float | None = state.get("untrained_loss")
-        # What was written after the state was saved will be written again.
-        if path.exists() and path.stat().st_size > state.get("log_bytes", 0):
-            os.truncate(path, state.get("log_bytes", 0))
-        self.step_started = time.perf_counter()
+        self.plateau = Patience(PLATEAU, **state.get("plateau", {}))
         self.warned = set(state.get("warned", []))
+        self.elapsed_before, self.began = state.get("elapsed", 0.0), time.monotonic()
+        # What was written after the state was saved will be written again.
+        if self.writes and self.path.exists() and self.path.stat().st_size > state.get("log_bytes", 0):
+            os.truncate(self.path, state.get("log_bytes", 0))
         # Into a file the bar writes a line each time: seldom is enough.
         often = 0.2 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=often)
+        self.bar = tqdm(
+            total=total_steps, initial=step, desc=name, unit="step", dynamic_ncols=True, mininterval=often,
+            disable=not self.writes,
+        )  # fmt: skip
+        self.board = _board(folder / "tensorboard", step) if self.writes and tensorboard else None
 
-    def start_step(self) -> None:
-        """Speeds are of training steps alone: what passes between `add` and this is not counted."""
-        self.step_started = time.perf_counter()
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this stage, those before it was resumed included."""
+        return self.elapsed_before + time.monotonic() - self.began
 
-    def add(self, raw: dict[str, float], total: float, diagnostics: dict[str, float], tokens: int) -> None:
+    def add(
+        self,
+        raw: dict[str, float],
+        total: float,
+        *,
+        diagnostics: dict[str, float],
+        tokens: int,
+        learning_rate: float,
+        gradient_norm: float,
+    ) -> None:
         """One optimizer step: each component unweighted, the weighted total, what is in neither, and how many tokens
         were predicted.
         """
+        self.learning_rate, self.gradient_norm = learning_rate, gradient_norm
         for name, value in (raw | {"total": total}).items():
             self.sums[name] += value
         for name, value in diagnostics.items():
             self.diagnostics[name] = self.diagnostics.get(name, 0.0) + value
         self.steps += 1
         self.tokens += tokens
-        self.seconds += time.perf_counter() - self.step_started
         self.bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         self.bar.update()
 
-    def log(self, step: int, *, learning_rate: float, gradient_norm: float, skipped: int, detailed: bool) -> None:
+    def took(self, seconds: dict[str, float]) -> None:
+        """Time of training by phase, evaluations and checkpoints left out."""
+        for phase, value in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+
+    def log(self, step: int, *, skipped: int, peak_memory: int, detailed: bool) -> None:
         """A line, or in detail the founding document's block, for the steps since the last one."""
         raw = {name: value / self.steps for name, value in self.sums.items()}
         total = raw.pop("total")
@@ -74,7 +104,7 @@ class Monitor:
             raise AssertionError(f"components {weighted} sum to {sum(weighted.values())}, and the total is {total}")
         diagnostics = {name: value / self.steps for name, value in self.diagnostics.items()}
         shares = {name: value / total if total else 0.0 for name, value in weighted.items()}
-        rate = self.tokens / self.seconds
+        rate = self.tokens / sum(self.seconds.values())
         self.write(
             "train",
             step,
@@ -89,10 +119,14 @@ class Monitor:
                 for name in raw
             },
             diagnostics=diagnostics,
-            learning_rate=learning_rate,
-            gradient_norm=gradient_norm,
+            learning_rate=self.learning_rate,
+            gradient_norm=self.gradient_norm,
             skipped_steps=skipped,
+            total_steps=self.total_steps,
             tokens_per_second=rate,
+            seconds={phase: round(value, 4) for phase, value in self.seconds.items()},
+            elapsed=round(self.elapsed, 2),
+            peak_memory_bytes=peak_memory,
         )
         if detailed:
             lines = [f"[Step {step}]", f"Total Loss: {total:.2f}"]
@@ -101,20 +135,26 @@ class Monitor:
             lines += [
                 f"[Raw] {_DIAGNOSTICS[name]}: {value:.4g}, not in the loss" for name, value in diagnostics.items()
             ]
+            whole = sum(self.seconds.values())
+            split = ", ".join(f"{phase} {value / whole:.0%}" for phase, value in self.seconds.items())
+            lines.append(f"[Time] {1000 * whole / self.steps:.0f} ms a step: {split}; peak {peak_memory / 1e9:.2f} GB")
             self.say("\n".join(lines))
         else:
             listed = "  ".join(f"{name}_loss {weighted[name]:.3f} ({shares[name]:.0%})" for name in weighted)
             self.say(
-                f"step {step}/{self.total_steps}  loss {total:.3f}  {listed}  lr {learning_rate:.2e}  "
-                f"grad {gradient_norm:.2f}  {rate:,.0f} tokens/s"
+                f"step {step}/{self.total_steps}  loss {total:.3f}  {listed}  lr {self.learning_rate:.2e}  "
+                f"grad {self.gradient_norm:.2f}  {rate:,.0f} tokens/s"
             )
+        scalars = {"loss/total": total, "learning_rate": self.learning_rate, "tokens_per_second": rate}
+        scalars["gradient_norm"] = self.gradient_norm
+        scalars |= {f"loss/{name}": value for name, value in weighted.items()}
+        self.draw(step, scalars | {f"share/{name}": value for name, value in shares.items()})
         for name, share in shares.items():
             if len(shares) > 1 and share > DOMINANT_SHARE and name not in self.warned:
                 self.warned.add(name)
                 self.warn(step, f"{name}_loss is {share:.0%} of the total, above {DOMINANT_SHARE:.0%}")
-        self.sums, self.diagnostics = dict.fromkeys(self.sums, 0.0), {}
+        self.sums, self.diagnostics, self.seconds = dict.fromkeys(self.sums, 0.0), {}, {}
         self.steps = self.tokens = 0
-        self.seconds = 0.0
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Held-out loss; `ppl` is exp of the loss as printed."""
@@ -122,9 +162,14 @@ class Monitor:
         known = {name: value for name, value in vars(result).items() if value is not None}
         self.write("eval", step, **known, perplexity=perplexity(result.loss))
         self.say(f"[Eval] loss: {loss}, ppl: {perplexity(float(loss)):.1f}")
+        self.draw(step, {"eval/loss": result.loss, "eval/perplexity": perplexity(result.loss)})
+        waited = self.plateau.waited
+        self.plateau.observe(step, result.loss)
+        if self.plateau.exhausted and waited < PLATEAU:
+            self.warn(step, f"a plateau: {PLATEAU} evaluations without a held-out loss below {self.plateau.best:.3f}")
         if step == 0:
             self.untrained_loss = result.loss
-        elif self.untrained_loss is not None and result.loss > self.untrained_loss:
+        elif self.untrained_loss is not None and not result.loss <= self.untrained_loss:
             self.warn(step, f"held-out loss {loss} is above the untrained student's {self.untrained_loss:.3f}")
 
     def warn(self, step: int, message: str) -> None:
@@ -132,17 +177,26 @@ class Monitor:
         self.say(f"[Warning] step {step}: {message}")
 
     def say(self, text: str) -> None:
-        self.bar.write(text)
+        if self.writes:
+            self.bar.write(text)
 
     def write(self, event: str, step: int, **record: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"event": event, "step": step, **record}) + "\n")
+        if self.writes:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"event": event, "step": step, **record}) + "\n")
+
+    def draw(self, step: int, scalars: dict[str, float]) -> None:
+        if self.board:
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
 
     def __enter__(self) -> Monitor:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.bar.close()
+        if self.board:
+            self.board.close()
 
     def state(self) -> dict[str, Any]:
         """What has gathered since the last line, so that a resumed run logs the same."""
@@ -153,8 +207,10 @@ class Monitor:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "untrained_loss": self.untrained_loss,
+            "plateau": self.plateau.state(),
             "warned": sorted(self.warned),
-            "log_bytes": self.path.stat().st_size,
+            "elapsed": self.elapsed,
+            "log_bytes": self.path.stat().st_size if self.writes else 0,
         }
 
 
@@ -162,3 +218,12 @@ def read_log(path: Path, event: str) -> list[dict[str, Any]]:
     """All records of one event."""
     records = map(json.loads, path.read_text().splitlines())
     return [record for record in records if record["event"] == event]
+
+
+def _board(folder: Path, step: int) -> Any:
+    """A writer of TensorBoard's files that forgets what came after `step`; None where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from fastdistill import linear_cross_vocab_kl, linear_softmax_kl
 from fastdistill.training.blocks import IGNORED, Batch, Inputs
+from fastdistill.training.clock import Clock
 from fastdistill.training.config import Config
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.layerwise import LayerwiseLoss
@@ -34,10 +36,15 @@ class Teacher:
     It computes where it is and in its own dtype; what it hands out is on `device`, the student's.
     """
 
-    def __init__(self, model: PreTrainedModel, device: torch.device | None = None):
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None, *, shard: bool = False):
+        """With `shard` each process holds a part of each block, and gathers one block at a time."""
         self.model = model.eval().requires_grad_(False)
         self.parts = parts(model)
         self.device = device or model.device
+        if shard:
+            for block in self.parts.blocks:
+                fully_shard(block, reshard_after_forward=True)  # each is a root, which by itself stays gathered
+            nn.Module.to(model, self.device)
         head = self.parts.head
         self.weight = head.weight.to(self.device)
         self.bias = None if head.bias is None else head.bias.to(self.device)
@@ -100,6 +107,19 @@ class Losses(NamedTuple):
     diagnostics: dict[str, Tensor]
 
 
+class Sums(NamedTuple):
+    """Of one batch, over the tokens predicted: cross-entropy, their number and bytes; and over the `compared` positions
+    KL(teacher || student) and top-1 agreement at temperature 1. float64 scalars; 0 where there is no teacher.
+    """
+
+    loss: Tensor
+    tokens: Tensor
+    text_bytes: Tensor
+    kl: Tensor
+    top1_agreement: Tensor
+    compared: Tensor
+
+
 class DistillationModule(nn.Module):
     """The student with everything that learns; its forward returns the losses.
 
@@ -116,7 +136,11 @@ class DistillationModule(nn.Module):
         divergence: str = "forward_kl",
         layerwise: LayerwiseLoss | None = None,
         pairing: Pairing = ONE_TOKENIZER,
+        drop_masked: bool = True,
     ):
+        """`drop_masked` leaves positions that predict nothing out of the output heads' products; a GPU is waited for
+        to know how many there are.
+        """
         super().__init__()
         if bool(weights.layerwise) != (layerwise is not None):
             raise ValueError(
@@ -125,12 +149,15 @@ class DistillationModule(nn.Module):
         self.student, self.weights, self.pairing = student, weights, pairing
         self.temperature, self.divergence, self.layerwise = temperature, divergence, layerwise
         self.parts = [parts(student)]  # in a list: not registered a second time
+        self.drop_masked = drop_masked
+        self.clock: Clock | None = None
 
     @classmethod
     def of(cls, config: Config, student: PreTrainedModel, layer_map: LayerMap, pairing: Pairing) -> DistillationModule:
         how = {"temperature": config.temperature, "divergence": config.divergence}
         layerwise = LayerwiseLoss.of(config, layer_map) if config.layerwise_weight else None
-        return cls(student, Weights.of(config), **how, layerwise=layerwise, pairing=pairing)
+        many_masked = config.packing == "padded"
+        return cls(student, Weights.of(config), **how, layerwise=layerwise, pairing=pairing, drop_masked=many_masked)
 
     @property
     def teacher_layers(self) -> list[int]:
@@ -142,6 +169,8 @@ class DistillationModule(nn.Module):
         base, blocks = self.parts[0].base, self.parts[0].blocks
         with captured_outputs(blocks, self.layerwise.student_blocks if self.layerwise else []) as outputs:
             hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
+        if self.clock:
+            self.clock.mark("student")
 
         total, raw = self._softmax_losses(hidden, batch, teacher, counts)
         diagnostics = {}
@@ -150,6 +179,8 @@ class DistillationModule(nn.Module):
             layerwise, founding = self.layerwise(outputs, teacher.layers, batch, counts.states)
             total = total + self.weights.layerwise * layerwise
             raw["layerwise"], diagnostics["layerwise_raw"] = layerwise.detach(), founding
+        if self.clock:
+            self.clock.mark("loss")
         return Losses(total, raw, diagnostics)
 
     def _softmax_losses(
@@ -174,6 +205,7 @@ class DistillationModule(nn.Module):
                 ce_weight=weights.lm,
                 vocab_size=pairing.vocab_size if fused else None,
                 num_tokens=counts.targets,
+                drop_masked=self.drop_masked or not hidden.is_cuda,
             )
             total = out.loss
             if out.kl is not None:
@@ -201,6 +233,48 @@ class DistillationModule(nn.Module):
             raw["kd"] = crossed.loss.detach()
         return total, raw
 
+    def measure(self, batch: Batch, teacher: TeacherStates | None) -> Sums:
+        """What is evaluated; like `forward` it may touch the student's base and head."""
+        base, head, pairing = self.parts[0].base, self.parts[0].head, self.pairing
+        hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
+        fused = teacher if pairing.is_one else None
+        lm = linear_softmax_kl(
+            hidden,
+            head.weight,
+            fused and fused.hidden,
+            fused and fused.weight,
+            batch.targets,
+            student_bias=head.bias,
+            teacher_bias=fused and fused.bias,
+            kl_weight=0.0,
+            ce_weight=1.0,
+            vocab_size=pairing.vocab_size if fused else None,
+            reduction="sum",
+            metrics=fused is not None,
+        )
+        shared = lm
+        if teacher is not None and not fused:
+            assert batch.pairs is not None
+            row, student_position, teacher_position = batch.pairs
+            shared = linear_cross_vocab_kl(
+                hidden[row, student_position],
+                head.weight,
+                teacher.hidden[row, teacher_position],
+                teacher.weight,
+                pairing.shared_ids,
+                student_bias=head.bias,
+                teacher_bias=teacher.bias,
+                reduction="sum",
+                metrics=True,
+            )
+        none = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        text_bytes = (
+            pairing.text_bytes[0][batch.targets[batch.targets != IGNORED]].sum() if pairing.text_bytes else none
+        )
+        compared = (shared.kl, shared.top1_agreement, shared.num_tokens) if teacher is not None else (none, none, none)
+        values = (lm.ce, lm.num_tokens, text_bytes, *compared)
+        return Sums(*(torch.as_tensor(value, device=hidden.device).double() for value in values))
+
     def count(self, batches: Sequence[Batch]) -> TokenCounts:
         """Divisors of a window of micro-batches."""
         targets = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
@@ -208,4 +282,4 @@ class DistillationModule(nn.Module):
         if self.layerwise:
             states = torch.stack([self.layerwise.compared(batch).sum() for batch in batches]).sum()
         pairs = [len(batch.pairs.row) for batch in batches if batch.pairs is not None]
-        return TokenCounts(targets, torch.tensor(sum(pairs)).to(targets.device) if pairs else targets, states)
+        return TokenCounts(targets, torch.full_like(targets, sum(pairs)) if pairs else targets, states)

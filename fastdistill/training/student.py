@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fastdistill import linear_softmax_kl, shift_targets
-from fastdistill.training.checkpoint import write_atomically
 from fastdistill.training.config import Config, UsageError
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.loading import load
 from fastdistill.training.models import check_fit, evaluating, parts
+from fastdistill.training.whole import write_file
 
 _RULES = "every-other, first or first:N, importance or importance:N, or rising numbers like 0,2,5"
 
@@ -181,7 +181,7 @@ def obtain_student(
         if not layers_file.exists():
             depth = len(parts(teacher).blocks)
             layers = kept_layers(config.student_layers, depth, lambda: layer_importance(teacher, text()))
-            write_atomically(layers_file, json.dumps(layers))
+            write_file(layers_file, json.dumps(layers))
         layers = json.loads(layers_file.read_text())
         student = build_student(teacher, layers)
     check_fit(student, config, "student")

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastdistill.training.cache import cache_folder
-from fastdistill.training.checkpoint import is_whole, write_folder
 from fastdistill.training.config import UsageError
 from fastdistill.training.tokenizers import encode_with_ends
+from fastdistill.training.whole import is_whole, write_folder
 
 DOCUMENTS_AT_ONCE = 256
 LAYOUT = 1

@@ -78,7 +78,7 @@ def _training() -> list[str]:
     from fastdistill.training.config import Config
     from fastdistill.training.engine import make_optimizer
     from fastdistill.training.evaluate import evaluate, perplexity
-    from fastdistill.training.guard import FirstStepGuard
+    from fastdistill.training.guard import MovementGuard
     from fastdistill.training.layerwise import LayerwiseLoss
     from fastdistill.training.objective import DistillationModule, Teacher, Weights
     from fastdistill.training.tokens import Tokens
@@ -91,15 +91,15 @@ def _training() -> list[str]:
     module = DistillationModule(
         student, Weights(kd=0.5, lm=0.5, layerwise=0.5), layerwise=LayerwiseLoss([(0, 0), (1, 1)])
     )
-    optimizer, guard = make_optimizer(module, Config(lr=1e-2)), FirstStepGuard()
+    optimizer, guard = make_optimizer(module, Config(lr=1e-2)), MovementGuard()
     batch = collate([blocks[i] for i in range(4)], torch.device("cpu"))
     counts, totals, raw = module.count([batch]), [], {}
     for _ in range(20):
         total, raw, _ = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
         total.backward()
-        guard.before_step(module)
+        guard.watch(module)
         optimizer.step()
-        guard.after_step(1e-2)
+        guard.check(1e-2)
         optimizer.zero_grad()
         totals.append(total.item())
     if not totals[-1] < 0.7 * totals[0]:

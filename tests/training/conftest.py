@@ -115,10 +115,11 @@ def run(train_py, arguments, tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def records() -> Callable[[Path], list[dict]]:
-    """All records of a log but their speeds, which no two runs share."""
+    """All records of a log, but for times and memory, which no two runs share."""
+    own = {"tokens_per_second", "seconds", "elapsed", "peak_memory_bytes"}
 
     def read(log: Path) -> list[dict]:
         parsed = [json.loads(line) for line in log.read_text().splitlines()]
-        return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in parsed]
+        return [{key: value for key, value in record.items() if key not in own} for record in parsed]
 
     return read

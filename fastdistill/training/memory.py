@@ -1,0 +1,74 @@
+"""How much memory a run has taken, and what to do when there is no more."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastdistill.training.config import Config
+from fastdistill.training.guard import TrainingFault
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once so far: of tensors on a GPU; on a CPU of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def rescue(save: Callable[[], None] | None, config: Config) -> Iterator[None]:
+    """Turns running out of memory into a `TrainingFault` that says what to change, once `save` has kept what there is.
+
+    One of several processes has no `save`: the others wait for it elsewhere, and would not save with it.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        asked = _what_was_asked(error)
+    else:
+        return
+    # Here the failed call is gone, and with it the tensors that it held.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if save:
+        save()
+    saved = "All that was done is saved" if save else "The latest checkpoint is where to go on"
+    flags = _way_out(config)
+    less = (
+        f"With {' '.join(flags)} a step is the same and needs less"
+        if flags
+        else ("Less is needed with a shorter --seq-len, a smaller student or --teacher-device cpu, in a new run")
+    )
+    raise TrainingFault(f"out of memory: {asked}. {saved}. {less}", flags or None)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's or the CPU's allocator gave up; the latter has no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _what_was_asked(error: BaseException) -> str:
+    """The size that could not be had, as the allocator said it, and how full the device is."""
+    asked = re.search(r"allocate ([\d.]+ ?\w+)", str(error))
+    size = f"{asked[1]} more could not be had" if asked else "no more could be had"
+    if not torch.cuda.is_available():
+        return size
+    free, total = torch.cuda.mem_get_info()
+    return f"{size}, {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are in use"
+
+
+def _way_out(config: Config) -> list[str]:
+    """Flags with which the same steps need less memory; none where there are no such."""
+    if config.batch_size > 1:
+        parts = next(n for n in range(2, config.batch_size + 1) if config.batch_size % n == 0)
+        return ["--batch-size", f"{config.batch_size // parts}", "--grad-accum", f"{config.grad_accum * parts}"]
+    return [] if config.gradient_checkpointing else ["--gradient-checkpointing"]

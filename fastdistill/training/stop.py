@@ -1,0 +1,76 @@
+"""A clean way to be interrupted: by Ctrl-C, by SIGTERM, or by the clock."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+class Stopped(Exception):
+    """The run ends before its last step, with all saved that it needs to go on. `asked`: a setting said so."""
+
+    def __init__(self, message: str, *, asked: bool):
+        super().__init__(message)
+        self.asked = asked
+
+
+def how_to_go_on(output: Path | None, flags: list[str] | None) -> str:
+    """The command that goes on with the run in `output`; nothing where it would end as before."""
+    if output is None or flags is None:
+        return ""
+    command = shlex.join(["train.py", "--resume", "--output-dir", str(output), *flags])
+    launched = "WORLD_SIZE" in os.environ
+    return ". To go on:\n  " + (f"(launched as before) {command}" if launched else f"{_python()} {command}")
+
+
+def _python() -> str:
+    """The interpreter, as it is called from here."""
+    return shlex.quote(os.path.relpath(sys.executable))
+
+
+class StopRequest:
+    """While entered, the first Ctrl-C or SIGTERM only sets `signalled`; one that comes later acts as it always does.
+
+    A launcher hands on to its processes the signal that the terminal has already given them: within a second it is
+    the same one.
+    """
+
+    def __init__(self, deadline: float | None = None):
+        """`deadline` is on the clock of `time.monotonic`."""
+        self.signalled, self.deadline = False, deadline
+
+    @property
+    def out_of_time(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
+    def requested(self) -> bool:
+        return self.signalled or self.out_of_time
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._before:
+            signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: object) -> None:
+        self.signalled = True
+        for each in self._before:
+            signal.signal(each, self._again)
+        self._first = time.monotonic()
+
+    def _again(self, number: int, frame: object) -> None:
+        if time.monotonic() - self._first >= 1:
+            self._restore()
+            signal.raise_signal(number)
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
