@@ -172,9 +172,7 @@ def train(
         walk.seek(state["walk"])
         say(f"{stage.name}: going on from step {now.step}")
     bad_steps = BadStepGuard(recipe.max_bad_steps, **state.get("bad_steps", {}))
-    patience = Patience(
-        recipe.patience, min_delta=recipe.min_delta, start=recipe.patience_from, **state.get("patience", {})
-    )
+    patience = Patience(recipe.patience, recipe.min_delta, recipe.patience_from, **state.get("patience", {}))
     monitor = Monitor(
         folder, stage.name, module.weights.active(), steps, now.step, state.get("monitor"),
         tensorboard=recipe.tensorboard,
@@ -282,9 +280,7 @@ def train(
             before = now.samples, random_state.capture()
             monitor.took(clock.read())
             if now.step % recipe.log_steps == 0 or now.step == steps:
-                peak = memory.peak_memory(accelerator.device)
-                detailed = now.step % recipe.detail_steps == 0
-                monitor.log(now.step, skipped=bad_steps.skipped, peak_memory=peak, detailed=detailed)
+                monitor.log(now.step, skipped=bad_steps.skipped, detailed=now.step % recipe.detail_steps == 0)
                 movement.check(rate)
             if now.step % recipe.eval_steps == 0 or now.step == steps:
                 evaluate_held_out()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from fastdistill.training.config import Config, UsageError
 from fastdistill.training.guard import TrainingFault
@@ -76,7 +77,7 @@ def wrap(module: DistillationModule, accelerator: Accelerator, config: Config) -
     the head's weight.
     """
     if config.gradient_checkpointing:
-        module.student.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(module.student)
     if config.shard:
         if accelerator.num_processes == 1:
             raise UsageError("--shard spreads weights over processes, and there is one: launch more, with torchrun")
@@ -87,6 +88,12 @@ def wrap(module: DistillationModule, accelerator: Accelerator, config: Config) -
         return module
     module.to(accelerator.device)
     return accelerator.prepare_model(module) if accelerator.num_processes > 1 else module
+
+
+def _checkpoint_activations(student: PreTrainedModel) -> None:
+    """Under the name that transformers gives it, or gave it before 5.23."""
+    enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def exchanging(wrapped: nn.Module, *, now: bool) -> AbstractContextManager:

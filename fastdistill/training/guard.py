@@ -96,7 +96,7 @@ class Patience:
     """Counts evaluations whose loss is not `min_delta` below the best before them; None as `limit` is endless."""
 
     def __init__(
-        self, limit: int | None, *, min_delta: float = 0.0, start: int = 0, best: float | None = None, waited: int = 0
+        self, limit: int | None, min_delta: float = 0.0, start: int = 0, best: float | None = None, waited: int = 0
     ):
         self.limit, self.min_delta, self.start = limit, min_delta, start
         self.best, self.waited = best, waited

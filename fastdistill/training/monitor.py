@@ -6,7 +6,9 @@ import json
 import os
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from accelerate import PartialState
@@ -14,10 +16,13 @@ from tqdm import tqdm
 
 from fastdistill.training.evaluate import Evaluation, perplexity
 from fastdistill.training.guard import Patience
+from fastdistill.training.memory import peak_memory
 
 DOMINANT_SHARE = 0.8
 PLATEAU = 5
 """A warning after so many evaluations without a lower held-out loss."""
+PROBE = 10
+"""Steps after which a stage says how long it will take, and what memory."""
 
 _DIAGNOSTICS = {"layerwise_raw": "layerwise by sum/(B*S*D)"}
 """What a number that is in no loss is called in the log."""
@@ -51,6 +56,7 @@ class Monitor:
         self.plateau = Patience(PLATEAU, **state.get("plateau", {}))
         self.warned = set(state.get("warned", []))
         self.elapsed_before, self.began = state.get("elapsed", 0.0), time.monotonic()
+        self.times: list[float] = []
         # What was written after the state was saved will be written again.
         if self.writes and self.path.exists() and self.path.stat().st_size > state.get("log_bytes", 0):
             os.truncate(self.path, state.get("log_bytes", 0))
@@ -89,14 +95,28 @@ class Monitor:
         self.tokens += tokens
         self.bar.set_postfix(loss=f"{total:.3f}", refresh=False)
         self.bar.update()
+        if len(self.times) <= PROBE:
+            self.times.append(time.monotonic())
+            if len(self.times) > PROBE:
+                self.probe()
+
+    def probe(self) -> None:
+        """What the first steps say of the rest, by their median: the first is long, and evaluations may lie between."""
+        each = median(after - before for before, after in pairwise(self.times))
+        left = self.total_steps - self.bar.n
+        self.say(
+            f"[Probe] {1000 * each:.0f} ms a step: {tqdm.format_interval(each * left)} for the {left} steps left, "
+            f"evaluations not counted; peak memory so far {peak_memory(PartialState().device) / 1e9:.2f} GB"
+        )
 
     def took(self, seconds: dict[str, float]) -> None:
         """Time of training by phase, evaluations and checkpoints left out."""
         for phase, value in seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
 
-    def log(self, step: int, *, skipped: int, peak_memory: int, detailed: bool) -> None:
+    def log(self, step: int, *, skipped: int, detailed: bool) -> None:
         """A line, or in detail the founding document's block, for the steps since the last one."""
+        peak = peak_memory(PartialState().device)
         raw = {name: value / self.steps for name, value in self.sums.items()}
         total = raw.pop("total")
         weighted = {name: self.weights[name] * value for name, value in raw.items()}
@@ -126,7 +146,7 @@ class Monitor:
             tokens_per_second=rate,
             seconds={phase: round(value, 4) for phase, value in self.seconds.items()},
             elapsed=round(self.elapsed, 2),
-            peak_memory_bytes=peak_memory,
+            peak_memory_bytes=peak,
         )
         if detailed:
             lines = [f"[Step {step}]", f"Total Loss: {total:.2f}"]
@@ -137,7 +157,7 @@ class Monitor:
             ]
             whole = sum(self.seconds.values())
             split = ", ".join(f"{phase} {value / whole:.0%}" for phase, value in self.seconds.items())
-            lines.append(f"[Time] {1000 * whole / self.steps:.0f} ms a step: {split}; peak {peak_memory / 1e9:.2f} GB")
+            lines.append(f"[Time] {1000 * whole / self.steps:.0f} ms a step: {split}; peak {peak / 1e9:.2f} GB")
             self.say("\n".join(lines))
         else:
             listed = "  ".join(f"{name}_loss {weighted[name]:.3f} ({shares[name]:.0%})" for name in weighted)
