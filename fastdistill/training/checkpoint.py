@@ -104,8 +104,7 @@ def load(path: Path, trained: Trained) -> dict[str, Any]:
         )
     stored = {name: load_file(path / f"{name}.safetensors") for name in ("model", "optimizer", "averaged", "random")}
     for name, parameter in trained.module.named_parameters():
-        fields = {key.rsplit("/", 1)[1] for key in stored["optimizer"] if key.rsplit("/", 1)[0] == name}
-        for field in fields:
+        for field in (key.rsplit("/", 1)[1] for key in stored["optimizer"] if key.rsplit("/", 1)[0] == name):
             like = parameter if field != "step" else torch.zeros((), device=parameter.device)
             trained.optimizer.state[parameter][field] = torch.zeros_like(like, requires_grad=False)
     live = {(file, name): value for file, name, value in trained.tensors()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -101,7 +102,7 @@ class Patience:
         self.limit, self.min_delta, self.start = limit, min_delta, start
         self.best, self.waited = best, waited
 
-    def state(self) -> dict[str, float | int | None]:
+    def state(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited}
 
     def observe(self, step: int, loss: float) -> None:

@@ -46,7 +46,8 @@ class Monitor:
         writes or says anything.
         """
         self.path, self.weights, self.total_steps = folder / "log.jsonl", weights, total_steps
-        self.writes = PartialState().is_main_process
+        process: Any = PartialState()
+        self.device, self.writes = process.device, process.is_main_process
         state = state or {}
         self.sums: dict[str, float] = state.get("sums", dict.fromkeys((*weights, "total"), 0.0))
         self.diagnostics: dict[str, float] = state.get("diagnostics", {})
@@ -106,7 +107,7 @@ class Monitor:
         left = self.total_steps - self.bar.n
         self.say(
             f"[Probe] {1000 * each:.0f} ms a step: {tqdm.format_interval(each * left)} for the {left} steps left, "
-            f"evaluations not counted; peak memory so far {peak_memory(PartialState().device) / 1e9:.2f} GB"
+            f"evaluations not counted; peak memory so far {peak_memory(self.device) / 1e9:.2f} GB"
         )
 
     def took(self, seconds: dict[str, float]) -> None:
@@ -116,7 +117,7 @@ class Monitor:
 
     def log(self, step: int, *, skipped: int, detailed: bool) -> None:
         """A line, or in detail the founding document's block, for the steps since the last one."""
-        peak = peak_memory(PartialState().device)
+        peak = peak_memory(self.device)
         raw = {name: value / self.steps for name, value in self.sums.items()}
         total = raw.pop("total")
         weighted = {name: self.weights[name] * value for name, value in raw.items()}
