@@ -20,6 +20,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastdistill.training import checkpoint, demo, engine, export, memory, random_state, report, whole
@@ -63,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, message = 2, str(error)
     except TrainingFault as error:
         code, message = 1, f"stopped: {error}" + how_to_go_on(output, error.go_on)
+    except (OSError, SafetensorError) as error:
+        if not whole.is_disk_full(error):
+            raise
+        code, message = 1, f"stopped: cannot write: {error}" + how_to_go_on(output, [])
     except (Stopped, KeyboardInterrupt) as stop:
         code = 0 if isinstance(stop, Stopped) and stop.asked else 130
         message = (str(stop) or "interrupted") + how_to_go_on(output, [])
@@ -170,6 +175,7 @@ def train(
         state = checkpoint.load(newest, trained)
         now = Progress.of(state)
         walk.seek(state["walk"])
+        damaged += stage.check_best(now)
         say(f"{stage.name}: going on from step {now.step}")
     bad_steps = BadStepGuard(recipe.max_bad_steps, **state.get("bad_steps", {}))
     patience = Patience(recipe.patience, recipe.min_delta, recipe.patience_from, **state.get("patience", {}))
@@ -235,9 +241,9 @@ def train(
     with monitor, StopRequest(stage.deadline) as stop, rescue:
         for message in damaged:
             monitor.warn(now.step, message)
-        if now.untrained is None:
+        if now.best is None:
             evaluate_held_out()
-            now.untrained = now.last
+            now.untrained = now.untrained or now.last
         while now.step < steps and not patience.exhausted:
             before = now.samples, random_state.capture()
             clock.start()

@@ -18,6 +18,7 @@ from fastdistill.training.evaluate import Evaluation, perplexity
 from fastdistill.training.guard import Patience
 from fastdistill.training.memory import peak_memory
 
+LOG = "log.jsonl"
 DOMINANT_SHARE = 0.8
 PLATEAU = 5
 """A warning after so many evaluations without a lower held-out loss."""
@@ -45,7 +46,7 @@ class Monitor:
         """`weights` are the components'; a resumed stage gives its step and `state()`. Only the first process
         writes or says anything.
         """
-        self.path, self.weights, self.total_steps = folder / "log.jsonl", weights, total_steps
+        self.path, self.weights, self.total_steps = folder / LOG, weights, total_steps
         process: Any = PartialState()
         self.device, self.writes = process.device, process.is_main_process
         state = state or {}

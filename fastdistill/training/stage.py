@@ -16,7 +16,7 @@ from fastdistill.training.blocks import Blocks
 from fastdistill.training.config import Config
 from fastdistill.training.data import TrainingText
 from fastdistill.training.evaluate import Evaluation
-from fastdistill.training.whole import write_file
+from fastdistill.training.whole import is_whole, write_file
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,13 @@ class Stage:
     def best_folder(self, step: int) -> Path:
         """Where the model with the lowest held-out loss so far is, which it had after `step`."""
         return self.folder / f"best-{step:08d}"
+
+    def check_best(self, progress: Progress) -> list[str]:
+        """What is to be said of the best model that `progress` knows: if it is not whole, it is forgotten."""
+        if progress.best is None or is_whole(self.best_folder(progress.best_step)):
+            return []
+        progress.best = None
+        return [f"the best model before, of step {progress.best_step}, is damaged: the best from here on is kept"]
 
     def keep_best(self, steps: set[int]) -> None:
         """Delete the best models of other steps than these."""

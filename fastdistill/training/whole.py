@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,11 +10,20 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 MANIFEST = "manifest.json"
 
 
 class DamagedError(Exception):
     """A folder that is not as it was written, and how."""
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether the disk, or one's part of it, has no room left."""
+    if isinstance(error, SafetensorError):
+        return "No space left" in str(error) or "quota" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_file(path: Path, text: str) -> None:

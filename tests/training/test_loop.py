@@ -6,10 +6,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +67,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run, records, stop_at):
     assert_same_run(run("stopped", resume=True), whole, records)
 
 
-def test_resuming_from_an_older_checkpoint_writes_the_log_once(run, records):
-    whole = run("whole")
-    folder = run("killed", stop_at=5)
-    newest = max((folder / STAGE / "checkpoints").iterdir())
-    for file in newest.iterdir():
-        file.unlink()
-    assert_same_run(run("killed", resume=True), whole, records)
-
-
 def test_a_resumed_run_has_the_student_that_it_began_with(run, monkeypatch):
     flags = {"student_layers": "importance:2", "max_steps": 4}
     whole = run("whole", **flags)
@@ -135,7 +124,7 @@ def test_a_student_of_another_width_trains_goes_on_and_is_exported_bare(
         assert torch.equal(tensor, saved[1][name]) == torch.equal(tensor, torch.eye(32, 16)) == (projection == "fixed")
     assert "+ 0.5 layerwise (layer_norm)" in (stopped / "report.md").read_text()
     untrained = load_file(narrow_student / "model.safetensors")
-    for folder in (stopped / "student", stopped / STAGE / "best", stopped / STAGE / "last"):
+    for folder in (stopped / "student", stopped / STAGE / "best-00000004", stopped / STAGE / "last"):
         assert load_file(folder / "model.safetensors").keys() == untrained.keys()
 
 
@@ -167,28 +156,6 @@ def test_a_finished_run_resumes_to_the_same_report(run):
     (folder / "report.md").unlink()
     run(resume=True)
     assert (folder / "report.md").read_text().split("Recipe")[0] == report
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(arguments, tmp_path, run, records):
-    flags = {"max_steps": 100, "log_steps": 5, "eval_steps": 50, "save_steps": 100}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments("interrupted", **flags)]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number rounds otherwise
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | threads, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    log, deadline = tmp_path / "interrupted" / STAGE / "log.jsonl", time.monotonic() + 300
-    while not (log.exists() and '"train"' in log.read_text()):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    step = int(re.findall(r"stopped and saved at step (\d+) of 100", errors)[0])
-    assert 5 <= step < 100
-    assert "train.py --resume --output-dir" in errors.splitlines()[-1]
-    assert "Traceback" not in errors
-    assert_same_run(run("interrupted", resume=True), run("whole", **flags), records)
 
 
 def test_the_log_is_in_the_founding_format(run, capfd, records):
@@ -281,7 +248,7 @@ def test_an_optimizer_that_does_not_step_is_found_out(run, monkeypatch, capsys):
 def test_a_learning_rate_of_0_is_found_out(run, train_py, monkeypatch, capsys):
     monkeypatch.setattr(train_py, "learning_rate", lambda *_, **__: 0.0)
     run(expect=1)
-    assert "the learning rate of the first optimizer step is 0.0" in capsys.readouterr().err
+    assert "the learning rate of an optimizer step is 0.0, not above 0" in capsys.readouterr().err
 
 
 def test_what_is_in_no_loss_is_logged_as_a_mean_over_micro_batches_and_steps(run, records, monkeypatch):
@@ -357,12 +324,10 @@ def test_a_taken_output_folder_is_left_alone(run, tmp_path, capsys):
         ({"student_layers": "7"}, "--student-layers must rise within the teacher's layers 0 to 3, got '7'"),
         ({"layer_map": "0:4"}, "--layer-map 0:4: the teacher's blocks are 0 to 3, or -4 to -1, got 4"),
         ({"seq_len": 64}, "--seq-len 64 is more than the 16 positions of the teacher"),
-        ({"precision": "fp16"}, "--precision fp16 needs a CUDA GPU"),
+        ({"shard": True}, "--shard spreads weights over processes, and there is one: launch more, with torchrun"),
     ],
 )
 def test_a_mistake_is_one_line_and_not_a_success(run, tmp_path, capsys, flags, message):
-    if "precision" in flags and torch.cuda.is_available():
-        pytest.skip("there is a CUDA GPU here")
     run(expect=2, **flags)
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1
