@@ -34,10 +34,14 @@ Block = tuple[Reading, ...]
 
 
 class Inputs(NamedTuple):
-    """What a model is fed, `[B, S]`; `position_ids` where documents in a row must not see each other."""
+    """What a model is fed, `[B, S]`; `position_ids` where documents in a row must not see each other.
+
+    `attention_mask` is 0 for padding; None where padding, if any, is on the right.
+    """
 
     input_ids: Tensor
     position_ids: Tensor | None
+    attention_mask: Tensor | None = None
 
     def past_first(self, count: int) -> Tensor:
         """Which positions, bool `[B, S]`, come after the first `count` of their document, or of their row where
@@ -45,6 +49,8 @@ class Inputs(NamedTuple):
         """
         if self.position_ids is not None:
             return self.position_ids >= count
+        if self.attention_mask is not None:
+            return self.attention_mask.cumsum(1) > count
         return (torch.arange(self.input_ids.shape[1], device=self.input_ids.device) >= count).expand_as(self.input_ids)
 
 
@@ -57,7 +63,9 @@ class Pairs(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Padding is on the right, where a causal model never looks. `mask` `[B, S]` is False there; `targets` `[B, S]`."""
+    """`mask` `[B, S]` is False for padding, which is on the right, where a causal model never looks, or hidden by the
+    inputs' `attention_mask`; `targets` `[B, S]`.
+    """
 
     student: Inputs
     mask: Tensor

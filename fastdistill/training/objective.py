@@ -62,7 +62,7 @@ class Teacher:
 def fed(inputs: Inputs) -> dict[str, Tensor]:
     """The arguments with which a base model reads `inputs`.
 
-    Padding is on the right, so there is no mask; positions that begin anew tell transformers where documents part.
+    Padding on the right needs no mask; positions that begin anew tell transformers where documents part.
     """
     return {name: value for name, value in inputs._asdict().items() if value is not None}
 

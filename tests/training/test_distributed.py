@@ -1,8 +1,9 @@
-"""The losses in two processes, under DDP and FSDP2: the gradients of one process with all of the data."""
+"""Losses in two processes, under DDP and FSDP2, and a run of DistillationTrainer: as in one with all of the data."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from fastdistill import linear_chunks
 from fastdistill.training.blocks import Batch, collate, cut
+from fastdistill.training.hf_trainer import DistillationTrainer
 from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.objective import DistillationModule, Teacher, TokenCounts, Weights
 from fastdistill.training.tokens import Tokens
@@ -30,9 +33,10 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this build
 
 
 def model(layers: int, width: int, seed: int) -> GPT2LMHeadModel:
-    """Its head is its embedding."""
+    """Its head is its embedding, and nothing is dropped out."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"vocab_size": 40, "n_positions": 16, "n_embd": width, "n_head": 2, "n_layer": layers}
+    shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
 
 
@@ -75,6 +79,27 @@ def sharded(module: DistillationModule) -> Any:
     return fully_shard(module)
 
 
+def trainer_run(folder: Path, batch_size: int) -> dict[str, Any]:
+    """Three steps on rows of unlike lengths, in as many processes as there are; seven rows are held out."""
+
+    def pad(some: list[Tensor]) -> dict[str, Tensor]:
+        ids, labels = (pad_sequence(some, batch_first=True, padding_value=value) for value in (0, -100))
+        return {"input_ids": ids, "labels": labels, "attention_mask": (labels >= 0).long()}
+
+    torch.manual_seed(3)
+    rows: Any = [torch.randint(40, (length,)) for length in (12, 5, 9, 2, 7, 12, 3, 8, 4, 10, 6, 11)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=3, per_device_train_batch_size=batch_size, per_device_eval_batch_size=2, optim="sgd",
+        learning_rate=0.1, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    student, teacher = model(2, 16, seed=0), model(4, 16, seed=1)
+    data = {"train_dataset": rows, "eval_dataset": rows[:7], "data_collator": pad}
+    trainer = DistillationTrainer(student, arguments, teacher=teacher, layerwise_weight=0.5, **data)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    return {"weights": student.state_dict(), "lines": lines, "held_out": trainer.evaluate()}
+
+
 def run_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=RANKS)
@@ -91,6 +116,8 @@ def run_rank(rank: int, folder: Path) -> None:
             add_gradients(fsdp, teacher, mine, counts, RANKS)
         results[f"fsdp_{chunks}"] = gradients(fsdp)
         results[f"{chunks}_messages"] = {str(op): n for op, n in communication.get_comm_counts().items()}
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1")
+    results["trainer"] = trainer_run(folder / "trainer", batch_size=2)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -113,6 +140,17 @@ def test_two_processes_have_the_gradients_of_one_with_all_of_the_data(results, w
         for name, gradient in expected.items():
             torch.testing.assert_close(result[wrapper][name], gradient, rtol=1e-4, atol=1e-7)
             assert torch.equal(result[wrapper][name], results[0][wrapper][name])
+
+
+def test_a_trainer_in_two_processes_is_one_with_all_of_the_data(results, tmp_path):
+    expected = trainer_run(tmp_path, batch_size=4)
+    for result in results:
+        for name, value in expected["weights"].items():
+            torch.testing.assert_close(result["trainer"]["weights"][name], value, rtol=1e-4, atol=1e-6)
+        for line, one in zip(result["trainer"]["lines"], expected["lines"], strict=True):
+            assert line == pytest.approx(one, rel=1e-4)
+        for name in ("eval_loss", "eval_kl", "eval_top1_agreement"):
+            assert result["trainer"]["held_out"][name] == pytest.approx(expected["held_out"][name], rel=1e-4)
 
 
 def test_the_sharded_head_is_gathered_once_whatever_the_chunks(results):

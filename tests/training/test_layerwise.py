@@ -53,7 +53,7 @@ def loss_alone(student: GPT2LMHeadModel, layerwise: LayerwiseLoss) -> Distillati
 
 def outputs_of(model: GPT2LMHeadModel, batch: Batch) -> list[Tensor]:
     """What each block of a GPT-2 puts out, `[B, S, D]`, with its gradients: written out, without hooks."""
-    ids, positions = batch.student
+    ids, positions = batch.student.input_ids, batch.student.position_ids
     if positions is None:
         positions = torch.arange(ids.shape[1])[None]
     transformer: Any = model.transformer
