@@ -12,7 +12,6 @@ import math
 import os
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -24,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdistill.training import checkpoint, demo, export, report
+from fastdistill.training import checkpoint, demo, export, report, run_files
 from fastdistill.training.blocks import Blocks, collate
 from fastdistill.training.config import Config, UsageError, abandon_output, open_output, parse
 from fastdistill.training.data import Cutter, TrainingText, prepare
@@ -73,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: Config, output: Path) -> None:
-    started = time.perf_counter()
     accelerator = make_accelerator(config.precision)
     print(f"fastdistill: {accelerator.device}, mixed precision {accelerator.mixed_precision}; the run is in {output}")
 
@@ -90,7 +88,9 @@ def run(config: Config, output: Path) -> None:
     check_fit(teacher_model, config, "teacher")
     teacher = Teacher(teacher_model, accelerator.device)
     itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model)}
-    rows = [report.Row("teacher", None, evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself))]
+    teacher_alone = evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself)
+    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    run_files.begin(output, teacher_alone, device=str(accelerator.device), precision=precision)
     for seed in range(config.seed, config.seed + config.seeds):
         text = all_text.draw(config.data_share, seed)
         alone = dataclasses.replace(config, kd_weight=0.0, layerwise_weight=0.0, lm_weight=1.0)
@@ -104,13 +104,10 @@ def run(config: Config, output: Path) -> None:
                 print(layer_map.picture(recipe.projection))
             folder = output / f"seed-{seed}" / name
             stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer)
-            result = train(stage, module, teacher, accelerator)
-            if len(rows) == 1:
-                rows.append(report.Row("untrained student", None, result.untrained))
-            rows.append(report.Row(f"{name}, {report.BEST}", seed, result.best, result.best_step))
-            rows.append(report.Row(f"{name}, {report.LAST}", seed, result.last, result.steps))
+            train(stage, module, teacher, accelerator)
 
-    report.write(output, config, rows, seconds=time.perf_counter() - started)
+    report.write(output)
+    rows = report.rows(output)
     export.student(output / f"seed-{config.seed}" / "distilled" / "best", output / "student", config, rows)
     print(f"\n{(output / 'report.md').read_text()}")
     print(f"The student is in {output / 'student'}; it writes:\n{export.sample(output / 'student')}")

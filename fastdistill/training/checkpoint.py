@@ -136,10 +136,10 @@ def copy_folder(source: Path, path: Path) -> None:
     write_folder(path, lambda partial: shutil.copytree(source, partial, dirs_exist_ok=True))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees all of it or none; text as UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     _sync(partial)
     partial.rename(path)
     _sync(path.parent)

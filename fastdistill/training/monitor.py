@@ -156,9 +156,3 @@ class Monitor:
             "warned": sorted(self.warned),
             "log_bytes": self.path.stat().st_size,
         }
-
-
-def read_log(path: Path, event: str) -> list[dict[str, Any]]:
-    """All records of one event."""
-    records = map(json.loads, path.read_text().splitlines())
-    return [record for record in records if record["event"] == event]
