@@ -154,7 +154,7 @@ def _speed(run: Run) -> list[str | Table]:
         ]
         memory = "" if speed.peak_memory_bytes is None else f"{speed.peak_memory_bytes / 2**20:,.0f} MiB"
         clock = "" if speed.elapsed is None else str(timedelta(seconds=round(speed.elapsed)))
-        step = f"{1000 * whole:.1f}" if phases else ""
+        step = f"{1000 * whole:.1f}" if speed.step_seconds else ""
         lines.append([speed.stage, f"{speed.tokens_per_second:,.0f}", step, *shares, memory, clock])
     columns = ["model", "tokens/s", "ms a step", *phases, "peak memory", "wall clock"]
     told = [i for i in range(len(columns)) if any(line[i] for line in lines)]

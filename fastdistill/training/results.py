@@ -108,13 +108,12 @@ def _speed(stage: Stage) -> Speed:
     timed = step_seconds(stage)
     steps = sum(count for _, count, _ in timed)
     phases = {phase: sum(seconds.get(phase, 0.0) for *_, seconds in timed) / steps for phase in phases_of(stage)}
-    return Speed(
-        stage.name,
-        statistics.median(record["tokens_per_second"] for record in stage.train),
-        phases,
-        max((record["peak_memory_bytes"] for record in stage.train if "peak_memory_bytes" in record), default=None),
-        max((record["elapsed"] for record in stage.train if "elapsed" in record), default=None),
+    peak_memory_bytes, elapsed = (
+        max((record[name] for record in stage.train if record.get(name) is not None), default=None)
+        for name in ("peak_memory_bytes", "elapsed")
     )
+    tokens_per_second = statistics.median(record["tokens_per_second"] for record in stage.train)
+    return Speed(stage.name, tokens_per_second, phases, peak_memory_bytes, elapsed)
 
 
 def phases_of(stage: Stage) -> list[str]:
