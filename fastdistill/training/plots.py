@@ -6,14 +6,15 @@ import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from fastdistill.training.results import phases_of, step_seconds
+from fastdistill.training.results import phases_of, step_times
 from fastdistill.training.run_files import BASELINE, DISTILLED, Run, Stage
 
 _RECIPES = {BASELINE: ("cross-entropy only", "tab:orange"), DISTILLED: ("distilled", "tab:blue")}
@@ -22,6 +23,9 @@ _PARTS = ("tab:purple", "tab:green", "tab:gray", "tab:olive", "tab:cyan", "tab:p
 # Inches: a panel, its margins for labels and legend, and what stands below all panels of an image.
 _WIDTH, _HEIGHT = 5.0, 3.7
 _LEFT, _BOTTOM, _FOOTER = 0.75, 0.95, 0.3
+_POINTS = 400
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def plots(run: Run) -> list[Plot]:
         Plot("curves", curves),
         *([Plot("shares", shares)] if len(stage.train[0]["components"]) > 1 else []),
         Plot("optimizer", optimizer),
-        Plot("speed", speed if len(step_seconds(stage)) > 1 else speed[1:]),
+        Plot("speed", speed if len(step_times(stage)) > 1 else speed[1:]),
     ]
 
 
@@ -119,46 +123,48 @@ def _draw(panel: Panel, figure: Figure, left: float = 0.0, bottom: float = 0.0) 
 def _held_out_loss(axes: Axes, run: Run) -> None:
     for stage, style in _styled(run.evaluated):
         losses = [evaluation.loss for evaluation in stage.evaluations.values()]
-        axes.plot(list(stage.evaluations), _finite(losses), marker=".", **style)
+        marker = "." if len(losses) <= 50 else None
+        axes.plot(list(stage.evaluations), _finite(losses), marker=marker, **style)
     teacher = run.teacher.evaluation.loss
-    if run.has_one_tokenizer and math.isfinite(teacher):
+    if run.has_one_tokenizer:
         axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher:.3f}")
     axes.set_ylabel("nats a token")
 
 
 def _components(axes: Axes, stage: Stage) -> None:
-    for name, color in zip(stage.train[0]["components"], _PARTS, strict=False):
+    for name, color in zip(stage.train[0]["components"], cycle(_PARTS), strict=False):
         weighted = [record["components"][name]["weighted"] for record in stage.train]
-        axes.plot(_steps(stage), _finite(weighted), color=color, label=f"{name}_loss")
+        axes.plot(_steps(stage.steps), _means(weighted), color=color, label=f"{name}_loss")
     axes.set_ylim(0, None)
     axes.set_ylabel("loss times its weight")
 
 
 def _shares(axes: Axes, stage: Stage) -> None:
     names = list(stage.train[0]["components"])
-    shares = [_finite(100 * record["components"][name]["share"] for record in stage.train) for name in names]
-    _stack(axes, _steps(stage), shares, [f"{name}_loss" for name in names])
+    shares = [_means([100 * record["components"][name]["share"] for record in stage.train]) for name in names]
+    _stack(axes, _steps(stage.steps), shares, [f"{name}_loss" for name in names])
     axes.set_ylim(0, 100)
     axes.set_ylabel("% of the total")
 
 
 def _learning_rate(axes: Axes, stage: Stage) -> None:
-    axes.plot(_steps(stage), [record["learning_rate"] for record in stage.train], color="black", linewidth=1.2)
+    rates = [record["learning_rate"] for record in stage.train]
+    axes.plot(_steps(stage.steps), _means(rates), color="black", linewidth=1.2)
     axes.set_ylim(0, None)
     axes.set_ylabel("learning rate")
 
 
 def _by_recipe(axes: Axes, stages: Sequence[Stage], field: str, label: str) -> None:
     for stage, style in _styled(stages):
-        axes.plot(_steps(stage), _finite(record[field] for record in stage.train), **style)
+        axes.plot(_steps(stage.steps), _means([record[field] for record in stage.train]), **style)
     axes.set_ylim(0, None)
     axes.set_ylabel(label)
 
 
 def _step_time(axes: Axes, stage: Stage) -> None:
-    timed, phases = step_seconds(stage), phases_of(stage)
-    times = [_finite(1000 * seconds.get(phase, 0.0) / count for _, count, seconds in timed) for phase in phases]
-    _stack(axes, [step for step, *_ in timed], times, phases)
+    timed, phases = step_times(stage), phases_of(stage)
+    times = [_means([1000 * line.seconds.get(phase, 0.0) / line.steps for line in timed]) for phase in phases]
+    _stack(axes, _steps([line.step for line in timed]), times, phases)
     axes.set_ylim(0, None)
     axes.set_ylabel("ms")
 
@@ -178,10 +184,21 @@ def _styled(stages: Sequence[Stage]) -> Iterable[tuple[Stage, dict[str, Any]]]:
         yield stage, {"color": color, "linewidth": 1.5 if first else 0.8, "label": label if first else None}
 
 
-def _steps(stage: Stage) -> list[int]:
-    return [record["step"] for record in stage.train]
+def _steps(lines: Sequence[int]) -> list[int]:
+    """The steps at which `_means` stand: the last of each group."""
+    return [group[-1] for group in _groups(lines)]
+
+
+def _means(lines: Sequence[float]) -> list[float]:
+    """A curve over the lines of a log; what is not finite becomes a gap in it."""
+    return _finite(sum(group) / len(group) for group in _groups(lines))
+
+
+def _groups(lines: Sequence[_T]) -> list[Sequence[_T]]:
+    """Neighbouring lines together, as few as make no more than `_POINTS` groups: more points than that are not seen."""
+    size = math.ceil(len(lines) / _POINTS)
+    return [lines[first : first + size] for first in range(0, len(lines), size)]
 
 
 def _finite(values: Iterable[float]) -> list[float]:
-    """What is not finite becomes a gap in the curve."""
     return [value if math.isfinite(value) else math.nan for value in values]

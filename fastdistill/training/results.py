@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastdistill.training.evaluate import Evaluation, perplexity
 from fastdistill.training.run_files import BASELINE, DISTILLED, Run, Stage
@@ -46,7 +47,7 @@ def gaps_closed(rows: Sequence[Row]) -> list[float | None]:
     """
     teacher, untrained = (perplexity(row.evaluation.loss) for row in rows[:2])
     way = untrained - teacher
-    if rows[0].evaluation.bits_per_byte is not None or not (way > 0 and math.isfinite(way)):
+    if rows[0].evaluation.bits_per_byte is not None or not way > 0:
         return [None] * len(rows)
     closed = [(untrained - perplexity(row.evaluation.loss)) / way for row in rows]
     return [share if math.isfinite(share) else None for share in closed]
@@ -105,9 +106,9 @@ def speeds(run: Run) -> list[Speed]:
 
 
 def _speed(stage: Stage) -> Speed:
-    timed = step_seconds(stage)
-    steps = sum(count for _, count, _ in timed)
-    phases = {phase: sum(seconds.get(phase, 0.0) for *_, seconds in timed) / steps for phase in phases_of(stage)}
+    timed = step_times(stage)
+    steps = sum(line.steps for line in timed)
+    phases = {phase: sum(line.seconds.get(phase, 0.0) for line in timed) / steps for phase in phases_of(stage)}
     peak_memory_bytes, elapsed = (
         max((record[name] for record in stage.train if record.get(name) is not None), default=None)
         for name in ("peak_memory_bytes", "elapsed")
@@ -116,16 +117,23 @@ def _speed(stage: Stage) -> Speed:
     return Speed(stage.name, tokens_per_second, phases, peak_memory_bytes, elapsed)
 
 
-def phases_of(stage: Stage) -> list[str]:
-    """The phases of a step that the log times, in its order."""
-    return list(dict.fromkeys(phase for *_, seconds in step_seconds(stage) for phase in seconds))
+class StepTime(NamedTuple):
+    """What a line of the log tells of the time: seconds by phase, of the steps since the line before."""
+
+    step: int
+    steps: int
+    seconds: dict[str, float]
 
 
-def step_seconds(stage: Stage) -> list[tuple[int, int, dict[str, float]]]:
-    """For each timed line of the log: its step, the steps since the line before, and their seconds by phase."""
-    before = [0, *(record["step"] for record in stage.train)]
+def step_times(stage: Stage) -> list[StepTime]:
+    """For each line that tells."""
     return [
-        (record["step"], record["step"] - previous, record["seconds"])
-        for record, previous in zip(stage.train, before, strict=False)
+        StepTime(record["step"], record["step"] - before, record["seconds"])
+        for record, before in zip(stage.train, [0, *stage.steps], strict=False)
         if "seconds" in record
     ]
+
+
+def phases_of(stage: Stage) -> list[str]:
+    """The phases of a step that the log times, in its order."""
+    return list(dict.fromkeys(phase for line in step_times(stage) for phase in line.seconds))

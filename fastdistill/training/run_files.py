@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import platform
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +71,11 @@ class Stage:
     def train(self) -> list[dict[str, Any]]:
         return [record for record in self.records if record["event"] == "train"]
 
+    @property
+    def steps(self) -> list[int]:
+        """Those of `train`."""
+        return [record["step"] for record in self.train]
+
     @cached_property
     def warnings(self) -> list[dict[str, Any]]:
         return [record for record in self.records if record["event"] == "warning"]
@@ -86,8 +90,7 @@ class Stage:
     @property
     def best_step(self) -> int:
         """The step of the lowest held-out loss, the earliest of equals; one that is not a number is never lower."""
-        losses = {step: e.loss for step, e in self.evaluations.items()}
-        return min(losses, key=lambda step: math.inf if math.isnan(losses[step]) else losses[step])
+        return min(self.evaluations, key=lambda step: self.evaluations[step].loss)
 
     @property
     def last_step(self) -> int:

@@ -13,7 +13,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import fastdistill.__main__
@@ -283,6 +285,20 @@ def test_a_last_loss_that_is_no_number_is_shown_as_such(reported):
     assert results["rows"][-2]["step"] == 10
 
 
+def test_a_long_log_is_drawn_by_means_over_neighbouring_lines(a_run):
+    lines = [trained(step, gradient_norm=5.0 if step % 3 else 2.0) for step in range(1, 1201)]
+    broken = trained(1201, gradient_norm=math.inf)
+    folder = a_run({"seed-0/distilled": [evaluation(0, 60), *lines, broken]}, baseline=False)
+    axes = Figure().subplots()
+    norm = next(plot for plot in plots.plots(run_files.read(folder)) if plot.name == "optimizer").panels[1]
+    norm.draw(axes)
+    points = numpy.asarray(axes.lines[0].get_xydata())
+    assert len(points) == 301
+    assert points[:2].tolist() == [[4, 4.25], [8, 4.25]]
+    assert points[-1, 0] == 1201
+    assert math.isnan(points[-1, 1])
+
+
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
 def test_a_teacher_without_a_finite_loss_is_reported(drawn, loss):
     markdown, _, results = drawn(teacher=dataclasses.replace(TEACHER, loss=loss))
@@ -373,7 +389,9 @@ def test_images_open_and_tell_what_made_them(a_run):
     for name, panels in {"curves": 2, "shares": 1, "optimizer": 2, "speed": 1}.items():
         with Image.open(folder / f"{name}.png") as image:
             assert image.size == (600 * panels, 480), name
-            assert len(image.convert("RGB").getcolors(1 << 20) or []) > 50
+            pixels = image.convert("RGB").getcolors(1 << 20) or []
+            colored = sum(count for count, color in pixels if max(color) - min(color) > 60)  # letters and axes are gray
+            assert colored > 200 * panels, name
             assert image.info["Description"] == (
                 "fastdistill 0.0.7, torch 2.9, transformers 5.1, python 3.12;\ncpu, fp32; seeds 3 to 4"
             )
