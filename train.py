@@ -23,12 +23,13 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastdistill.training import checkpoint, demo, engine, export, memory, random_state, report, whole
+from fastdistill.training import checkpoint, demo, engine, export, memory, random_state, report, run_files, whole
 from fastdistill.training.averaged import AveragedWeights
 from fastdistill.training.blocks import collate
 from fastdistill.training.clock import Clock
 from fastdistill.training.config import Config, UsageError, abandon_output, open_output, parse
 from fastdistill.training.data import Cutter, prepare
+from fastdistill.training.ending import ending
 from fastdistill.training.evaluate import evaluate
 from fastdistill.training.guard import BadStepGuard, MovementGuard, Patience, TrainingFault
 from fastdistill.training.loading import load
@@ -41,7 +42,7 @@ from fastdistill.training.reading import Reading
 from fastdistill.training.schedule import learning_rate
 from fastdistill.training.sources import Source, open_sources
 from fastdistill.training.stage import Progress, Result, Stage
-from fastdistill.training.stop import Stopped, StopRequest, how_to_go_on
+from fastdistill.training.stop import Stopped, StopRequest
 from fastdistill.training.student import obtain_student
 
 
@@ -58,19 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         output = engine.on_main(accelerator, lambda: open_output(config))
         run(config, output, accelerator)
         return 0
-    except UsageError as error:
-        if output and speaks:
+    except (UsageError, TrainingFault, Stopped, KeyboardInterrupt, OSError, SafetensorError) as error:
+        code, message = ending(error, output)
+        if code == 2 and output and speaks:
             abandon_output(output)
-        code, message = 2, str(error)
-    except TrainingFault as error:
-        code, message = 1, f"stopped: {error}" + how_to_go_on(output, error.go_on)
-    except (OSError, SafetensorError) as error:
-        if not whole.is_disk_full(error):
-            raise
-        code, message = 1, f"stopped: cannot write: {error}" + how_to_go_on(output, [])
-    except (Stopped, KeyboardInterrupt) as stop:
-        code = 0 if isinstance(stop, Stopped) and stop.asked else 130
-        message = (str(stop) or "interrupted") + how_to_go_on(output, [])
     if speaks:
         print(f"train.py: {message}", file=sys.stderr)
     return code
@@ -78,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     started, say = time.monotonic(), accelerator.print
-    precision = Precision.choose(config.precision, accelerator.device)
-    say(f"fastdistill: {engine.describe(accelerator)}, {precision.describe()}; the run is in {output}")
+    precision, devices = Precision.choose(config.precision, accelerator.device), engine.describe(accelerator)
+    say(f"fastdistill: {devices}, {precision.describe()}; the run is in {output}")
 
     with accelerator.main_process_first():  # the others find in the cache what it has made
         sources = open_sources(config.data, text_field=config.text_field, streaming=config.streaming)
@@ -100,8 +92,10 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
         say(layer_map.picture(config.projection))
     teacher = Teacher(teacher_model, accelerator.device, shard=config.teacher_device == "sharded")
     itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model), "accelerator": accelerator}
-    rows = [report.Row("teacher", None, evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself))]
-    finished: dict[tuple[str, int], Path] = {}
+    teacher_alone = evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself)
+    if accelerator.is_main_process:
+        run_files.begin(output, teacher_alone, device=devices, precision=precision.name)
+    best: dict[str, Path] = {}
     deadline = started + 3600 * config.max_hours if config.max_hours else None
     for seed in range(config.seed, config.seed + config.seeds):
         text = all_text.draw(config.data_share, seed)
@@ -113,15 +107,11 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
             say(f"\n{name}, seed {seed}: {stage.total_steps(accelerator.num_processes)} steps on {text.describe()}")
             module = DistillationModule.of(recipe, copy.deepcopy(untrained), layer_map, pairing)
             result = train(stage, module, teacher, accelerator, precision)
-            if len(rows) == 1:
-                rows.append(report.Row("untrained student", None, result.untrained))
-            rows.append(report.Row(f"{name}, {report.BEST}", seed, result.best, result.best_step))
-            rows.append(report.Row(f"{name}, {report.LAST}", seed, result.last, result.steps))
-            finished[name, seed] = stage.best_folder(result.best_step)
+            best.setdefault(name, stage.best_folder(result.best_step))  # of the first seed
 
     if accelerator.is_main_process:
-        report.write(output, config, rows, seconds=time.monotonic() - started)
-        export.student(finished["distilled", config.seed], output / "student", config, rows)
+        report.write(output)
+        export.student(best["distilled"], output / "student", config, report.rows(output))
         print(f"\n{(output / 'report.md').read_text()}")
         print(f"The student is in {output / 'student'}; it writes:\n{export.sample(output / 'student')}")
 
@@ -197,6 +187,8 @@ def train(
                 export.model(module.student, stage.tokenizer, stage.best_folder(now.step))
         monitor.evaluation(now.step, now.last)
         patience.observe(now.step, now.last.loss)
+        if main and teacher:
+            report.write(folder.parents[1])
 
     def save_checkpoint(samples: int, generators: dict[str, torch.Tensor] | None = None) -> None:
         guards = {"bad_steps": bad_steps.state(), "patience": patience.state(), "monitor": monitor.state()}
@@ -237,8 +229,7 @@ def train(
         settle()
         save_checkpoint(*before)
 
-    rescue = memory.rescue(save_before_window if ranks == 1 else None, recipe)
-    with monitor, StopRequest(stage.deadline) as stop, rescue:
+    with monitor, StopRequest(stage.deadline) as stop, memory.rescue(ranks == 1 and save_before_window, recipe):
         for message in damaged:
             monitor.warn(now.step, message)
         if now.best is None:
@@ -294,8 +285,9 @@ def train(
             if stopping or now.step % recipe.save_steps == 0 or now.step == steps or patience.exhausted:
                 save_checkpoint(*before)
             if stopping:
-                message = f"{stage.name}: stopped and saved at step {now.step} of {steps}"
-                raise Stopped(message, asked=not stop.signalled)
+                raise Stopped(
+                    f"{stage.name}: stopped and saved at step {now.step} of {steps}", asked=not stop.signalled
+                )
 
     if patience.exhausted:
         say(f"{stage.name}: stopped early at step {now.step}: {patience.waited} evaluations without a better one")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import fastdistill
 from fastdistill import compile_check
@@ -14,24 +17,31 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=fastdistill.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("verify", help="check that this installation behaves as it says; exit code 0 if it does")
+    report = commands.add_parser("report", help="write the report of a run anew, from the files in its folder")
+    report.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of train.py, finished or not")
     compile_check.add_arguments(
         commands.add_parser(
             "compile-check", help="compile every kernel for GPUs that are not here; exit code 0 if all pass"
         )
     )
     options = parser.parse_args()
-    return compile_check.main(options) if options.command == "compile-check" else _verify()
+    match options.command:
+        case "compile-check":
+            return compile_check.main(options)
+        case "report":
+            return _training("report").main(options.run)
+        case _:
+            return _training("verify").main()
 
 
-def _verify() -> int:
+def _training(command: str) -> ModuleType:
+    """The module of a command that needs the [train] extra; without it the program ends with a line that says so."""
     try:
-        from fastdistill.training import verify
+        return importlib.import_module(f"fastdistill.training.{command}")
     except ImportError as error:
-        print(
-            f"fastdistill verify needs the [train] extra (pip install 'fastdistill[train]'): {error}", file=sys.stderr
-        )
-        return 2
-    return verify.main()
+        needs = f"fastdistill {command} needs the [train] extra (pip install 'fastdistill[train]')"
+        print(f"{needs}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 if __name__ == "__main__":

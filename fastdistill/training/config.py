@@ -261,7 +261,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     preset, file = flags.pop("preset", None), flags.pop("config", None)
     # A teacher of one's own is not to be distilled as the demo's is, on a tenth of the text.
     own = {} if "teacher" in flags and preset is None else _preset(preset or "demo")
-    base = _from_file(Path(file)) if file else own
+    base = read_settings(Path(file), called=f"--config {file}") if file else own
     return Config(**base | flags)
 
 
@@ -280,8 +280,8 @@ def open_output(config: Config) -> Path:
 
 
 def abandon_output(path: Path) -> None:
-    """Remove a new run's folder if nothing but its settings is in it, so that its name is free again."""
-    if {file.name for file in path.iterdir()} <= {"config.json", "student_layers.json"}:
+    """Remove a new run's folder if no student's training is in it, so that its name is free again."""
+    if {file.name for file in path.iterdir()} <= {"config.json", "student_layers.json", "teacher.json"}:
         shutil.rmtree(path)
 
 
@@ -292,7 +292,7 @@ def _resumed(flags: dict[str, Any]) -> Config:
     path = Path(flags["output_dir"]) / "config.json"
     if not path.is_file():
         raise UsageError(f"--resume: there is no run in {flags['output_dir']} ({path.name} is missing)")
-    saved = _from_file(path)
+    saved = read_settings(path, called=f"--resume: {path}")
     asked = {key: value for key, value in flags.items() if key not in ("preset", "config")}
     for key, value in asked.items():
         if key not in MAY_CHANGE_ON_RESUME and value != saved.get(key):
@@ -312,26 +312,27 @@ def _preset(name: str) -> dict[str, Any]:
     return dict(PRESETS[name])
 
 
-def _from_file(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, *, called: str) -> dict[str, Any]:
+    """The settings in a JSON file, each a field of `Config` with a value of its type; errors begin with `called`."""
     try:
         settings = json.loads(path.read_text())
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
+        raise UsageError(f"{called}: {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"--config {path} is not JSON: {error}") from error
+        raise UsageError(f"{called} is not JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise UsageError(f"--config {path} must hold a JSON object, got {type(settings).__name__}")
+        raise UsageError(f"{called} must hold a JSON object, got {type(settings).__name__}")
     hints = typing.get_type_hints(Config)
     for key, value in settings.items():
         if key not in hints:
-            raise UsageError(f"--config {path}: unknown key {key!r}{_nearest(key, list(hints))}")
+            raise UsageError(f"{called}: unknown key {key!r}{_nearest(key, list(hints))}")
         kind = _scalar_type(hints[key])
         optional = type(None) in typing.get_args(hints[key])
         fits = isinstance(value, (int, float) if kind is float else kind) and (
             kind is bool or not isinstance(value, bool)
         )
         if not (fits or (optional and value is None)):
-            raise UsageError(f"--config {path}: {key} must be {kind.__name__}, got {value!r}")
+            raise UsageError(f"{called}: {key} must be {kind.__name__}, got {value!r}")
     return settings
 
 

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from fastdistill.training.config import Config
 from fastdistill.training.models import context_length
-from fastdistill.training.report import Row, recipe, table
+from fastdistill.training.report_markdown import table
+from fastdistill.training.report_parts import recipe, retention
+from fastdistill.training.results import Row
 from fastdistill.training.whole import write_folder
 
 SAMPLE_PROMPT = "The statement"
@@ -87,7 +89,7 @@ tags: [fastdistill, distillation]
 - These are the weights of the checkpoint with the lowest held-out loss, of seed {config.seed}. It was chosen on the
   same held-out text that the table reports.
 
-{table(rows)}
+{table(retention(rows))}
 
 Limits: it knows what its teacher and its text taught it, and has not been tested for anything but the table. Licence:
 that of the teacher and of the data; fastdistill itself sets none.

@@ -7,6 +7,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -23,7 +24,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def rescue(save: Callable[[], None] | None, config: Config) -> Iterator[None]:
+def rescue(save: Callable[[], None] | Literal[False], config: Config) -> Iterator[None]:
     """Turns running out of memory into a `TrainingFault` that says what to change, once `save` has kept what there is.
 
     One of several processes has no `save`: the others wait for it elsewhere, and would not save with it.

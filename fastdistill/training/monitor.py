@@ -236,12 +236,6 @@ class Monitor:
         }
 
 
-def read_log(path: Path, event: str) -> list[dict[str, Any]]:
-    """All records of one event."""
-    records = map(json.loads, path.read_text().splitlines())
-    return [record for record in records if record["event"] == event]
-
-
 def _board(folder: Path, step: int) -> Any:
     """A writer of TensorBoard's files that forgets what came after `step`; None where it is not installed."""
     try:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import sys
 import time
-from pathlib import Path
 
 
 class Stopped(Exception):
@@ -16,20 +12,6 @@ class Stopped(Exception):
     def __init__(self, message: str, *, asked: bool):
         super().__init__(message)
         self.asked = asked
-
-
-def how_to_go_on(output: Path | None, flags: list[str] | None) -> str:
-    """The command that goes on with the run in `output`; nothing where it would end as before."""
-    if output is None or flags is None:
-        return ""
-    command = shlex.join(["train.py", "--resume", "--output-dir", str(output), *flags])
-    launched = "WORLD_SIZE" in os.environ
-    return ". To go on:\n  " + (f"(launched as before) {command}" if launched else f"{_python()} {command}")
-
-
-def _python() -> str:
-    """The interpreter, as it is called from here."""
-    return shlex.quote(os.path.relpath(sys.executable))
 
 
 class StopRequest:

@@ -19,17 +19,17 @@ class DamagedError(Exception):
     """A folder that is not as it was written, and how."""
 
 
-def is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether the disk, or one's part of it, has no room left."""
     if isinstance(error, SafetensorError):
         return "No space left" in str(error) or "quota" in str(error)
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees all of it or none; text as UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     _sync(partial)
     partial.rename(path)
     _sync(path.parent)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastdistill.training.config import Config
+from fastdistill.training.ending import how_to_go_on
 from fastdistill.training.guard import BadStepGuard, MovementGuard, Patience, TrainingFault
 from fastdistill.training.memory import peak_memory, rescue
-from fastdistill.training.stop import StopRequest, how_to_go_on
+from fastdistill.training.stop import StopRequest
 
 
 def module_with_gradient() -> nn.Linear:
@@ -144,7 +145,7 @@ def test_out_of_memory_saves_and_says_what_to_change(error):
     ],
 )
 def test_what_to_change_is_what_is_left(config, flags):
-    with pytest.raises(TrainingFault) as caught, rescue(None, config):
+    with pytest.raises(TrainingFault) as caught, rescue(False, config):
         raise MemoryError
     assert caught.value.go_on == flags
     assert "The latest checkpoint is where to go on" in str(caught.value)

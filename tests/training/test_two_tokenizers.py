@@ -20,9 +20,9 @@ from fastdistill.training.config import Config, UsageError
 from fastdistill.training.demo import train_tokenizer
 from fastdistill.training.engine import make_optimizer
 from fastdistill.training.evaluate import evaluate
-from fastdistill.training.monitor import read_log
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.pairing import Pairing, describe, pair
+from fastdistill.training.run_files import read_log
 from fastdistill.training.tokens import Tokens, tokenize
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_it_trains_evaluates_and_reports(run, student_folder, capsys, how):
     assert re.search(
         r"two tokenizers \(280 and 300 ids; 280 strings in both\): \d+\.\d% of positions are compared", out
     )
-    records = read_log(folder / STAGE / "log.jsonl", "train")
+    records = [record for record in read_log(folder / STAGE / "log.jsonl") if record["event"] == "train"]
     assert [record["step"] for record in records] == list(range(1, 7))
     assert all(math.isfinite(record["total"]) for record in records)
     assert all(part["raw"] > 0 for record in records for part in record["components"].values())
