@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     output, speaks = None, True
     try:
         config = parse(argv)
-        accelerator = engine.make_accelerator()
+        accelerator = engine.make_accelerator(config)
         speaks = accelerator.is_main_process
         output = engine.on_main(accelerator, lambda: open_output(config))
         run(config, output, accelerator)
@@ -188,7 +188,7 @@ def train(
         monitor.evaluation(now.step, now.last)
         patience.observe(now.step, now.last.loss)
         if main and teacher:
-            report.write(folder.parents[1])
+            report.refresh(folder.parents[1])
 
     def save_checkpoint(samples: int, generators: dict[str, torch.Tensor] | None = None) -> None:
         guards = {"bad_steps": bad_steps.state(), "patience": patience.state(), "monitor": monitor.state()}

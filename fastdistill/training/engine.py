@@ -24,16 +24,16 @@ from fastdistill.training.objective import DistillationModule
 T = TypeVar("T")
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(config: Config) -> Accelerator:
     """Accelerate's view of the launch: `python`, `torchrun` and `accelerate launch`, on GPUs if there are any.
 
     Raises:
-        UsageError: the launch asks for another engine than those that `wrap` has.
+        UsageError: the launch asks for another engine than those that `wrap` has, or the settings for more processes.
     """
     for variable, flag in (("ACCELERATE_USE_FSDP", "--use_fsdp"), ("ACCELERATE_USE_DEEPSPEED", "--use_deepspeed")):
         if os.environ.get(variable, "false").lower() == "true":
             raise UsageError(f"launched with {flag}: launch without it, and give train.py --shard for sharded weights")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # see precision.py, which a CPU can run too
         kwargs_handlers=[
@@ -41,6 +41,9 @@ def make_accelerator() -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # others wait while the first reads the text
         ],
     )
+    if config.shard and accelerator.num_processes == 1:
+        raise UsageError("--shard spreads weights over processes, and there is one: launch more, with torchrun")
+    return accelerator
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
@@ -79,8 +82,6 @@ def wrap(module: DistillationModule, accelerator: Accelerator, config: Config) -
     if config.gradient_checkpointing:
         _checkpoint_activations(module.student)
     if config.shard:
-        if accelerator.num_processes == 1:
-            raise UsageError("--shard spreads weights over processes, and there is one: launch more, with torchrun")
         for block in module.parts[0].blocks:
             fully_shard(block)
         fully_shard(module)

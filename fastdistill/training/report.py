@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from fastdistill.training.evaluate import perplexity
 from fastdistill.training.results import Row
 from fastdistill.training.run_files import Run, RunError
 from fastdistill.training.whole import write_file
+
+REFRESH_SECONDS = 20
 
 
 def main(run: Path) -> int:
@@ -54,6 +57,13 @@ def write(output: Path) -> None:
     write_file(output / "report.html", report_html.page(title, sections, report_parts.settings(run.config)))
     write_file(output / "results.json", json.dumps(_strict(_results(run)), indent=2, allow_nan=False) + "\n")
     write_file(output / "report.md", report_markdown.page(sections))
+
+
+def refresh(output: Path) -> None:
+    """`write`, unless that was done in the last seconds: a run that evaluates often is not held up."""
+    page = output / "report.html"
+    if not page.exists() or time.time() - page.stat().st_mtime > REFRESH_SECONDS:
+        write(output)
 
 
 def _results(run: Run) -> dict[str, Any]:

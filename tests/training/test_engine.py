@@ -170,4 +170,4 @@ def test_a_loss_that_is_not_finite_has_no_finite_gradient():
 def test_a_launch_for_another_engine_is_refused(monkeypatch, variable):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(UsageError, match=r"launch without it, and give train\.py --shard for sharded weights"):
-        engine.make_accelerator()
+        engine.make_accelerator(Config())

@@ -63,7 +63,7 @@ def test_a_resumed_run_is_the_run_that_never_stopped(run, records, stop_at):
     whole = run("whole", log_steps=2)
     stopped = run("stopped", log_steps=2, stop_at=stop_at)
     assert max((stopped / STAGE / "checkpoints").iterdir()).name == f"step-{stop_at:08d}"
-    assert not (stopped / "report.md").exists()
+    assert not (stopped / "student").exists()
     assert_same_run(run("stopped", resume=True), whole, records)
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import fastdistill.__main__
-from fastdistill.training import checkpoint, plots, report, run_files
+from fastdistill.training import plots, report, run_files, whole
 from fastdistill.training.config import Config
 from fastdistill.training.evaluate import Evaluation
 from fastdistill.training.report_markdown import table
@@ -377,7 +377,7 @@ def test_a_file_is_written_whole_or_not_at_all(a_run, blank_images, monkeypatch,
         if name in path.name:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full_disk)
+    monkeypatch.setattr(whole, "_sync", full_disk)
     with pytest.raises(OSError, match="No space"):
         report.write(folder)
     assert (folder / name).read_text() == "before"
