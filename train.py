@@ -1,7 +1,6 @@
 """Distil a causal language model into a smaller one: `python train.py`, `python train.py --help`.
 
 Reads top to bottom: the command, the run (a teacher, then for each seed a student with and without it), the loop.
-Started by `torchrun` or `accelerate launch`, each process runs all of it, on its own part of every batch.
 """
 
 from __future__ import annotations
@@ -93,8 +92,9 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     teacher = Teacher(teacher_model, accelerator.device, shard=config.teacher_device == "sharded")
     itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model), "accelerator": accelerator}
     teacher_alone = evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself)
-    if accelerator.is_main_process:
-        run_files.begin(output, teacher_alone, device=devices, precision=precision.name)
+    engine.on_main(
+        accelerator, lambda: run_files.begin(output, teacher_alone, device=devices, precision=precision.name)
+    )
     best: dict[str, Path] = {}
     deadline = started + 3600 * config.max_hours if config.max_hours else None
     for seed in range(config.seed, config.seed + config.seeds):
@@ -271,7 +271,6 @@ def train(
             sums = dict(zip(sums, engine.over_processes(sums.values(), accelerator), strict=True))
             pending = Reading({**sums, "gradient norm": norm, "tokens": counts.targets}), rate
 
-            # Where the numbers are wanted they are waited for.
             if not (stopping or stage.is_due(now.step + 1, steps)) or not settle():
                 continue
             before = now.samples, random_state.capture()
