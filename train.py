@@ -149,7 +149,6 @@ def train(
     recipe, folder, say = stage.recipe, stage.folder, accelerator.print
     main, rank, ranks = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     if finished := Result.read(folder):
-        say(f"{stage.name}: finished before, in {folder}")
         return finished
     engine.on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
     steps, window, walk = stage.total_steps(ranks), stage.window(ranks), stage.text.walk(stage.seed)

@@ -294,8 +294,10 @@ def _resumed(flags: dict[str, Any]) -> Config:
         raise UsageError(f"--resume: there is no run in {flags['output_dir']} ({path.name} is missing)")
     saved = read_settings(path, called=f"--resume: {path}")
     asked = {key: value for key, value in flags.items() if key not in ("preset", "config")}
+    sequences = [each.get("batch_size", 8) * each.get("grad_accum", 1) for each in (saved, saved | asked)]
+    same_step = {"batch_size", "grad_accum"} if sequences[0] == sequences[1] else set()
     for key, value in asked.items():
-        if key not in MAY_CHANGE_ON_RESUME and value != saved.get(key):
+        if key not in MAY_CHANGE_ON_RESUME | same_step and value != saved.get(key):
             raise UsageError(
                 f"--{_dashed(key)} {value} differs from the {saved.get(key)} that the run in {flags['output_dir']} "
                 "began with: leave it out, or start a new run in another --output-dir"
