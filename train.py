@@ -74,8 +74,7 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
 
     with accelerator.main_process_first():  # the others find in the cache what it has made
         sources = open_sources(config.data, text_field=config.text_field, streaming=config.streaming)
-    for note in chain.from_iterable(source.notes for source in sources):
-        say(note)
+    say(*chain.from_iterable(source.notes for source in sources), sep="\n")
     teacher_model, teacher_tokenizer = obtain_teacher(config, sources, output, accelerator, precision)
     student_tokenizer = load(config.student)[1] if config.student else teacher_tokenizer
     pairing = pair(student_tokenizer, teacher_tokenizer, config, accelerator.device)
@@ -134,8 +133,8 @@ def obtain_teacher(
     set_seed(recipe.seed)
     tokenizer = demo.tokenizer_of(sources, config.vocab_size)
     text, held_out = prepare(sources, Cutter((tokenizer,), config.seq_len, config.packing))
-    pairing = Pairing((tokenizer,), "one tokenizer")
-    module = DistillationModule(demo.untrained_teacher(tokenizer, config), Weights.of(recipe), pairing=pairing)
+    one, untrained = Pairing((tokenizer,), "one tokenizer"), demo.untrained_teacher(tokenizer, config)
+    module = DistillationModule(untrained, Weights.of(recipe), pairing=one)
     stage = Stage("teacher", output / "teacher", recipe, recipe.seed, text, held_out, tokenizer)
     train(stage, module, None, accelerator, precision)
     engine.on_main(accelerator, lambda: whole.copy_folder(stage.folder / "last", kept))
