@@ -74,7 +74,8 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
 
     with accelerator.main_process_first():  # the others find in the cache what it has made
         sources = open_sources(config.data, text_field=config.text_field, streaming=config.streaming)
-    say(*chain.from_iterable(source.notes for source in sources), sep="\n")
+    for note in chain.from_iterable(source.notes for source in sources):
+        say(note)
     teacher_model, teacher_tokenizer = obtain_teacher(config, sources, output, accelerator, precision)
     student_tokenizer = load(config.student)[1] if config.student else teacher_tokenizer
     pairing = pair(student_tokenizer, teacher_tokenizer, config, accelerator.device)
@@ -91,9 +92,8 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     teacher = Teacher(teacher_model, accelerator.device, shard=config.teacher_device == "sharded")
     itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model), "accelerator": accelerator}
     teacher_alone = evaluate(teacher_model, held_out.side(-1), pairing.of_teacher(), **itself)
-    engine.on_main(
-        accelerator, lambda: run_files.begin(output, teacher_alone, device=devices, precision=precision.name)
-    )
+    if accelerator.is_main_process:
+        run_files.begin(output, teacher_alone, device=devices, precision=precision.name)
     best: dict[str, Path] = {}
     deadline = started + 3600 * config.max_hours if config.max_hours else None
     for seed in range(config.seed, config.seed + config.seeds):
@@ -148,6 +148,7 @@ def train(
     recipe, folder, say = stage.recipe, stage.folder, accelerator.print
     main, rank, ranks = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     if finished := Result.read(folder):
+        say(f"{stage.name}: finished before, in {folder}")
         return finished
     engine.on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))
     steps, window, walk = stage.total_steps(ranks), stage.window(ranks), stage.text.walk(stage.seed)
@@ -290,9 +291,7 @@ def train(
         say(f"{stage.name}: stopped early at step {now.step}: {patience.waited} evaluations without a better one")
     with averaged.in_place():
         export.model(module.student, stage.tokenizer, folder / "last")
-    if main:
-        now.result().write(folder)
-    accelerator.wait_for_everyone()
+    engine.on_main(accelerator, lambda: now.result().write(folder))
     return now.result()
 
 

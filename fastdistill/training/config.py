@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastdistill.training.whole import write_file
+
 
 class UsageError(Exception):
     """Something the user asked for cannot be done; the message is all that they need to see."""
@@ -266,14 +268,17 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 def open_output(config: Config) -> Path:
-    """The run's folder, made and writable, with the configuration in it; never one that holds something else."""
+    """The run's folder, made and writable, with the configuration in it, as it was last begun or gone on with.
+
+    A new run is given no folder that holds something else.
+    """
     path = Path(config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if not config.resume:
-            if any(path.iterdir()):
-                raise UsageError(f"--output-dir {path} is not empty: choose another, or go on with its run by --resume")
-            (path / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        if not config.resume and any(path.iterdir()):
+            raise UsageError(f"--output-dir {path} is not empty: choose another, or go on with its run by --resume")
+        settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
+        write_file(path / "config.json", json.dumps(settings, indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"--output-dir {path} cannot be written: {error.strerror}: {error.filename}") from error
     return path
@@ -294,8 +299,11 @@ def _resumed(flags: dict[str, Any]) -> Config:
         raise UsageError(f"--resume: there is no run in {flags['output_dir']} ({path.name} is missing)")
     saved = read_settings(path, called=f"--resume: {path}")
     asked = {key: value for key, value in flags.items() if key not in ("preset", "config")}
-    sequences = [each.get("batch_size", 8) * each.get("grad_accum", 1) for each in (saved, saved | asked)]
-    same_step = {"batch_size", "grad_accum"} if sequences[0] == sequences[1] else set()
+    began, goes_on = (
+        each.get("batch_size", Config.batch_size) * each.get("grad_accum", Config.grad_accum)
+        for each in (saved, saved | asked)
+    )
+    same_step = {"batch_size", "grad_accum"} if began == goes_on else set()
     for key, value in asked.items():
         if key not in MAY_CHANGE_ON_RESUME | same_step and value != saved.get(key):
             raise UsageError(

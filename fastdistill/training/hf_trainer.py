@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from fastdistill import linear_softmax_kl
 from fastdistill.align import shift_targets
 from fastdistill.training.blocks import IGNORED, Batch, Inputs
 from fastdistill.training.config import Config, UsageError
@@ -223,21 +222,11 @@ class DistillationTrainer(Trainer):
         By row, since with several processes the last batch is filled up with rows that are not to count.
         """
         batch = self._batch(self._prepare_inputs(inputs))
-        teacher, student = self.teacher(batch.teacher), self.module.parts[0]
+        states, base = self.teacher(batch.teacher), self.module.parts[0].base
         with self.accelerator.autocast():
-            out = linear_softmax_kl(
-                student.base(**fed(batch.student), use_cache=False).last_hidden_state,
-                student.head.weight,
-                teacher.hidden,
-                teacher.weight,
-                batch.targets,
-                student_bias=student.head.bias,
-                teacher_bias=teacher.bias,
-                kl_weight=0.0,
-                ce_weight=1.0,
-                reduction="none",
-                metrics=True,
-            )
+            hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
+            how = {"kl_weight": 0.0, "ce_weight": 1.0, "reduction": "none", "metrics": True}
+            out = self.module.linear_loss(hidden, batch, states, **how)
         terms = [out.ce, out.kl, out.top1_agreement, (batch.targets != IGNORED).float()]
         rows = torch.stack([term.sum(1) for term in terms if term is not None], 1)
         gathered: Any = self.accelerator.gather_for_metrics(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from fastdistill import linear_cross_vocab_kl, linear_softmax_kl
+from fastdistill.outputs import CrossVocabOutput, LossOutput
 from fastdistill.training.blocks import IGNORED, Batch, Inputs
 from fastdistill.training.clock import Clock
 from fastdistill.training.config import Config
@@ -187,23 +188,17 @@ class DistillationModule(nn.Module):
         self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is made of the output heads: the weighted sum of `kd` and `lm`, and each unweighted."""
-        head, weights, pairing = self.parts[0].head, self.weights, self.pairing
+        weights, how = self.weights, {"temperature": self.temperature, "divergence": self.divergence}
         total, raw = hidden.new_zeros((), dtype=torch.float32), {}
-        fused = teacher if weights.kd and pairing.is_one else None
+        fused = teacher if weights.kd and self.pairing.is_one else None
         if fused or weights.lm:
-            out = linear_softmax_kl(
+            out = self.linear_loss(
                 hidden,
-                head.weight,
-                fused and fused.hidden,
-                fused and fused.weight,
-                batch.targets,
-                student_bias=head.bias,
-                teacher_bias=fused and fused.bias,
-                temperature=self.temperature,
-                divergence=self.divergence,
+                batch,
+                fused,
+                **how,
                 kl_weight=weights.kd if fused else 0.0,
                 ce_weight=weights.lm,
-                vocab_size=pairing.vocab_size if fused else None,
                 num_tokens=counts.targets,
                 drop_masked=self.drop_masked or not hidden.is_cuda,
             )
@@ -214,20 +209,8 @@ class DistillationModule(nn.Module):
                 raw["lm"] = out.ce
         if weights.kd and not fused:
             assert teacher is not None
-            assert batch.pairs is not None
-            row, student_position, teacher_position = batch.pairs
-            crossed = linear_cross_vocab_kl(
-                hidden[row, student_position],
-                head.weight,
-                teacher.hidden[row, teacher_position],
-                teacher.weight,
-                pairing.shared_ids,
-                student_bias=head.bias,
-                teacher_bias=teacher.bias,
-                method=pairing.method,
-                temperature=self.temperature,
-                divergence=self.divergence,
-                num_tokens=counts.compared,
+            crossed = self._cross_vocab_loss(
+                hidden, batch, teacher, **how, method=self.pairing.method, num_tokens=counts.compared
             )
             total = total + weights.kd * crossed.loss
             raw["kd"] = crossed.loss.detach()
@@ -235,45 +218,49 @@ class DistillationModule(nn.Module):
 
     def measure(self, batch: Batch, teacher: TeacherStates | None) -> Sums:
         """What is evaluated; like `forward` it may touch the student's base and head."""
-        base, head, pairing = self.parts[0].base, self.parts[0].head, self.pairing
-        hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
-        fused = teacher if pairing.is_one else None
-        lm = linear_softmax_kl(
-            hidden,
-            head.weight,
-            fused and fused.hidden,
-            fused and fused.weight,
-            batch.targets,
-            student_bias=head.bias,
-            teacher_bias=fused and fused.bias,
-            kl_weight=0.0,
-            ce_weight=1.0,
-            vocab_size=pairing.vocab_size if fused else None,
-            reduction="sum",
-            metrics=fused is not None,
-        )
-        shared = lm
-        if teacher is not None and not fused:
-            assert batch.pairs is not None
-            row, student_position, teacher_position = batch.pairs
-            shared = linear_cross_vocab_kl(
-                hidden[row, student_position],
-                head.weight,
-                teacher.hidden[row, teacher_position],
-                teacher.weight,
-                pairing.shared_ids,
-                student_bias=head.bias,
-                teacher_bias=teacher.bias,
-                reduction="sum",
-                metrics=True,
-            )
+        hidden = self.parts[0].base(**fed(batch.student), use_cache=False).last_hidden_state
+        fused, summed = teacher if self.pairing.is_one else None, {"reduction": "sum"}
+        lm = self.linear_loss(hidden, batch, fused, **summed, kl_weight=0.0, ce_weight=1.0, metrics=fused is not None)
         none = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        text_bytes = (
-            pairing.text_bytes[0][batch.targets[batch.targets != IGNORED]].sum() if pairing.text_bytes else none
-        )
-        compared = (shared.kl, shared.top1_agreement, shared.num_tokens) if teacher is not None else (none, none, none)
+        text_bytes, compared = none, (none, none, none)
+        if self.pairing.text_bytes:
+            text_bytes = self.pairing.text_bytes[0][batch.targets[batch.targets != IGNORED]].sum()
+        if teacher is not None:
+            shared = lm if fused else self._cross_vocab_loss(hidden, batch, teacher, **summed, metrics=True)
+            compared = (shared.kl, shared.top1_agreement, shared.num_tokens)
         values = (lm.ce, lm.num_tokens, text_bytes, *compared)
         return Sums(*(torch.as_tensor(value, device=hidden.device).double() for value in values))
+
+    def linear_loss(self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, **how: Any) -> LossOutput:
+        """`linear_softmax_kl` of the student's final states `[B, S, D]`, and a teacher's of the same tokenizer."""
+        head = self.parts[0].head
+        return linear_softmax_kl(
+            hidden,
+            head.weight,
+            teacher and teacher.hidden,
+            teacher and teacher.weight,
+            batch.targets,
+            student_bias=head.bias,
+            teacher_bias=teacher and teacher.bias,
+            vocab_size=self.pairing.vocab_size if teacher else None,
+            **how,
+        )
+
+    def _cross_vocab_loss(self, hidden: Tensor, batch: Batch, teacher: TeacherStates, **how: Any) -> CrossVocabOutput:
+        """`linear_cross_vocab_kl` at the positions at which two tokenizers have read the same."""
+        assert batch.pairs is not None
+        row, student_position, teacher_position = batch.pairs
+        head = self.parts[0].head
+        return linear_cross_vocab_kl(
+            hidden[row, student_position],
+            head.weight,
+            teacher.hidden[row, teacher_position],
+            teacher.weight,
+            self.pairing.shared_ids,
+            student_bias=head.bias,
+            teacher_bias=teacher.bias,
+            **how,
+        )
 
     def count(self, batches: Sequence[Batch]) -> TokenCounts:
         """Divisors of a window of micro-batches."""

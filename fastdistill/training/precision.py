@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastdistill.training.config import UsageError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from fastdistill.training.loading import DTYPES
 
 
 @dataclass(frozen=True)

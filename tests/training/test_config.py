@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from fastdistill.training.config import PRESETS, Config, UsageError, parse
+from fastdistill.training.config import PRESETS, Config, UsageError, open_output, parse
 
 
 def test_flags_change_the_preset_and_the_preset_the_defaults():
@@ -122,3 +122,16 @@ def test_resuming_changes_nothing_that_the_numbers_depend_on(tmp_path):
 def test_there_must_be_a_run_to_resume(tmp_path):
     with pytest.raises(UsageError, match=f"there is no run in {tmp_path}"):
         parse(["--resume", "--output-dir", str(tmp_path)])
+
+
+def test_a_run_goes_on_with_another_cut_of_the_same_step_and_with_no_other_step(tmp_path):
+    open_output(parse(["--output-dir", str(tmp_path), "--batch-size", "8", "--grad-accum", "2"]))
+    resume = ["--resume", "--output-dir", str(tmp_path)]
+    for flags in (["--batch-size", "4"], ["--grad-accum", "4"], ["--batch-size", "8", "--grad-accum", "3"]):
+        with pytest.raises(UsageError, match=r"that the run in .* began with"):
+            parse([*resume, *flags])
+    config = parse([*resume, "--batch-size", "4", "--grad-accum", "4"])
+    assert (config.batch_size, config.grad_accum) == (4, 4)
+    open_output(config)
+    again = parse(resume)  # it goes on as it last did
+    assert (again.batch_size, again.grad_accum, again.resume) == (4, 4, True)
