@@ -61,9 +61,9 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def describe(accelerator: Accelerator) -> str:
-    """The device, and how many processes there are."""
+    """How many processes there are, if more than one, and on what."""
     ranks = accelerator.num_processes
-    return f"{ranks} processes, this one on {accelerator.device}" if ranks > 1 else str(accelerator.device)
+    return f"{ranks} processes on {accelerator.device.type}" if ranks > 1 else str(accelerator.device)
 
 
 def over_processes(values: Iterable[Tensor], accelerator: Accelerator) -> list[Tensor]:
