@@ -26,7 +26,8 @@ from fastdistill.training import checkpoint, demo, engine, export, memory, rando
 from fastdistill.training.averaged import AveragedWeights
 from fastdistill.training.blocks import collate
 from fastdistill.training.clock import Clock
-from fastdistill.training.config import Config, UsageError, abandon_output, open_output, parse
+from fastdistill.training.command_line import introduction, parse
+from fastdistill.training.config import Config, UsageError
 from fastdistill.training.data import Cutter, prepare
 from fastdistill.training.ending import ending
 from fastdistill.training.evaluate import evaluate
@@ -55,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv)
         accelerator = engine.make_accelerator(config)
         speaks = accelerator.is_main_process
-        output = engine.on_main(accelerator, lambda: open_output(config))
+        output = engine.on_main(accelerator, lambda: run_files.open_output(config))
         run(config, output, accelerator)
         return 0
     except (UsageError, TrainingFault, Stopped, KeyboardInterrupt, OSError, SafetensorError) as error:
         code, message = ending(error, output)
         if code == 2 and output and speaks:
-            abandon_output(output)
+            run_files.abandon_output(output)
     if speaks:
         print(f"train.py: {message}", file=sys.stderr)
     return code
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     started, say = time.monotonic(), accelerator.print
     precision, devices = Precision.choose(config.precision, accelerator.device), engine.describe(accelerator)
-    say(f"fastdistill: {devices}, {precision.describe()}; the run is in {output}")
+    say(f"fastdistill: {devices}, {precision.describe()}; the run is in {output}{introduction(config)}")
 
     with accelerator.main_process_first():  # the others find in the cache what it has made
         sources = open_sources(config.data, text_field=config.text_field, streaming=config.streaming)

@@ -1,22 +1,17 @@
-"""The configuration: one frozen dataclass, from which the flags, the presets and the files derive."""
+"""The configuration: one frozen dataclass, from which flags, presets and files of settings derive."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
-import json
 import math
-import shutil
-import time
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from fastdistill.training.whole import write_file
+from fastdistill.training.presets import PRESETS
 
 
 class UsageError(Exception):
@@ -29,10 +24,20 @@ def _flag(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
 
 _DTYPES = ("fp32", "bf16", "fp16")
 
+_PRESET_LINES = "\n".join(
+    "- {}: {}".format(name, preset.about.replace("\n", "\n  ")) for name, preset in PRESETS.items()
+)
+
 
 @dataclass(frozen=True)
 class Config:
     """Every field is a flag: `batch_size` is `--batch-size`."""
+
+    preset: str | None = _flag(
+        None,
+        f"base settings, which other flags change; demo, if neither --teacher nor --config is given\n{_PRESET_LINES}\n",
+        (None, *PRESETS),
+    )
 
     teacher: str = _flag("demo", "'demo' (trained here once, then cached), a model folder, hub name or .gguf file")
     teacher_dtype: str = _flag("auto", "number format of the teacher; auto: --precision's", ("auto", *_DTYPES))
@@ -154,22 +159,23 @@ class Config:
             value = getattr(self, f.name)
             choices = f.metadata["choices"]
             if choices and value not in choices:
+                known = [str(choice) for choice in choices if choice is not None]
                 raise UsageError(
-                    f"--{_dashed(f.name)} must be one of {', '.join(map(str, filter(None, choices)))}, got {value!r}"
+                    f"--{dashed(f.name)} must be one of {', '.join(known)}, got {value!r}{nearest(str(value), known)}"
                 )
             if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{_dashed(f.name)} must be finite, got {value}")
+                raise UsageError(f"--{dashed(f.name)} must be finite, got {value}")
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{_dashed(name)} must be at least 1, got {value}")
+                raise UsageError(f"--{dashed(name)} must be at least 1, got {value}")
         for name in ("lr", "teacher_lr", "clip", "temperature", "epochs", "max_hours"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise UsageError(f"--{_dashed(name)} must be greater than 0, got {value}")
+                raise UsageError(f"--{dashed(name)} must be greater than 0, got {value}")
         for name in _AT_LEAST_ZERO:
             if getattr(self, name) < 0:
-                raise UsageError(f"--{_dashed(name)} must be at least 0, got {getattr(self, name)}")
+                raise UsageError(f"--{dashed(name)} must be at least 0, got {getattr(self, name)}")
         if self.seq_len < 2:
             raise UsageError(f"--seq-len must be at least 2 (one token predicts the next), got {self.seq_len}")
         if self.layerwise_skip_first >= self.seq_len:
@@ -205,158 +211,20 @@ MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 """Fields that leave the numbers of a run alone; any other must stay as the run began with it."""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "data_share": 0.1, "student_layers": "0,3", "baseline": True, "max_steps": 200,
-        "kd_weight": 0.9, "lm_weight": 0.1, "layerwise_weight": 0.5,
-        "log_steps": 20, "detail_steps": 100, "eval_steps": 25, "save_steps": 50,
-    },
-    # The founding run's. Its layerwise loss, the bare squared error of all positions, is logged and not trained on.
-    "postmortem": {
-        "batch_size": 2, "grad_accum": 8, "seq_len": 512, "epochs": 1.0,
-        "kd_weight": 0.5, "lm_weight": 0.5, "layerwise_weight": 0.05,
-        "layerwise_loss": "layer_norm", "layerwise_skip_first": 1, "layer_map": "auto",
-        "log_steps": 100, "detail_steps": 1000, "eval_steps": 500, "save_steps": 1000,
-    },
-}  # fmt: skip
+
+def dashed(name: str) -> str:
+    """A field's name as its flag has it."""
+    return name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def parse(argv: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line: defaults, then a preset or file, then flags; all checked."""
-    parser = _Parser(
-        description="Distil a causal language model into a smaller one.",
-        formatter_class=argparse.RawTextHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--preset",
-        default=argparse.SUPPRESS,
-        help=f"base settings: {', '.join(PRESETS)} (default: demo, or with --teacher the defaults below)",
-    )
-    parser.add_argument("--config", default=argparse.SUPPRESS, help="JSON file of base settings, instead of a preset")
-    hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        text = f.metadata["help"].replace("%", "%%") + f" (default: {f.default})"
-        if hints[f.name] is bool:
-            parser.add_argument(
-                f"--{_dashed(f.name)}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-        else:
-            kind = _scalar_type(hints[f.name])
-            parser.add_argument(
-                f"--{_dashed(f.name)}", type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__
-            )
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UsageError(f"unknown argument {unknown[0]}{_nearest(unknown[0].split('=')[0], flags)}")
-    flags = vars(given)
-    if "preset" in flags and "config" in flags:
-        raise UsageError("--preset and --config are both given: each is the base that flags change, choose one")
-    if flags.get("resume"):
-        return _resumed(flags)
-    preset, file = flags.pop("preset", None), flags.pop("config", None)
-    # A teacher of one's own is not to be distilled as the demo's is, on a tenth of the text.
-    own = {} if "teacher" in flags and preset is None else _preset(preset or "demo")
-    base = read_settings(Path(file), called=f"--config {file}") if file else own
-    return Config(**base | flags)
-
-
-def open_output(config: Config) -> Path:
-    """The run's folder, made and writable, with the configuration in it, as it was last begun or gone on with.
-
-    A new run is given no folder that holds something else.
-    """
-    path = Path(config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        if not config.resume and any(path.iterdir()):
-            raise UsageError(f"--output-dir {path} is not empty: choose another, or go on with its run by --resume")
-        settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
-        write_file(path / "config.json", json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise UsageError(f"--output-dir {path} cannot be written: {error.strerror}: {error.filename}") from error
-    return path
-
-
-def abandon_output(path: Path) -> None:
-    """Remove a new run's folder if no student's training is in it, so that its name is free again."""
-    if {file.name for file in path.iterdir()} <= {"config.json", "student_layers.json", "teacher.json"}:
-        shutil.rmtree(path)
-
-
-def _resumed(flags: dict[str, Any]) -> Config:
-    """The saved configuration of the run, with the flags that may change it."""
-    if "output_dir" not in flags:
-        raise UsageError("--resume needs --output-dir, the run to go on with")
-    path = Path(flags["output_dir"]) / "config.json"
-    if not path.is_file():
-        raise UsageError(f"--resume: there is no run in {flags['output_dir']} ({path.name} is missing)")
-    saved = read_settings(path, called=f"--resume: {path}")
-    asked = {key: value for key, value in flags.items() if key not in ("preset", "config")}
-    began, goes_on = (
-        each.get("batch_size", Config.batch_size) * each.get("grad_accum", Config.grad_accum)
-        for each in (saved, saved | asked)
-    )
-    same_step = {"batch_size", "grad_accum"} if began == goes_on else set()
-    for key, value in asked.items():
-        if key not in MAY_CHANGE_ON_RESUME | same_step and value != saved.get(key):
-            raise UsageError(
-                f"--{_dashed(key)} {value} differs from the {saved.get(key)} that the run in {flags['output_dir']} "
-                "began with: leave it out, or start a new run in another --output-dir"
-            )
-    settings: dict[str, Any] = {**saved, "stop_at": None, "max_hours": None, **asked}
-    return Config(**settings)
-
-
-def _preset(name: str) -> dict[str, Any]:
-    if name not in PRESETS:
-        raise UsageError(
-            f"--preset {name} is not known{_nearest(name, list(PRESETS))}; there are: {', '.join(PRESETS)}"
-        )
-    return dict(PRESETS[name])
-
-
-def read_settings(path: Path, *, called: str) -> dict[str, Any]:
-    """The settings in a JSON file, each a field of `Config` with a value of its type; errors begin with `called`."""
-    try:
-        settings = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{called}: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{called} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UsageError(f"{called} must hold a JSON object, got {type(settings).__name__}")
-    hints = typing.get_type_hints(Config)
-    for key, value in settings.items():
-        if key not in hints:
-            raise UsageError(f"{called}: unknown key {key!r}{_nearest(key, list(hints))}")
-        kind = _scalar_type(hints[key])
-        optional = type(None) in typing.get_args(hints[key])
-        fits = isinstance(value, (int, float) if kind is float else kind) and (
-            kind is bool or not isinstance(value, bool)
-        )
-        if not (fits or (optional and value is None)):
-            raise UsageError(f"{called}: {key} must be {kind.__name__}, got {value!r}")
-    return settings
-
-
-def _scalar_type(hint: Any) -> type:
+def scalar_type(hint: Any) -> type:
     """`int` for `int | None`."""
     if isinstance(hint, types.UnionType):
         return next(part for part in typing.get_args(hint) if part is not type(None))
     return hint
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of a message: what may have been meant, if anything known is like it."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f": did you mean {close[0]}?" if close else ""

@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import platform
+import shutil
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +17,9 @@ import torch
 import transformers
 
 import fastdistill
-from fastdistill.training.config import Config, UsageError, read_settings
+from fastdistill.training.config import Config, UsageError
 from fastdistill.training.evaluate import Evaluation
+from fastdistill.training.settings_file import read_settings
 from fastdistill.training.whole import write_file
 
 BASELINE, DISTILLED = "ce-only", "distilled"
@@ -122,6 +125,29 @@ class Run:
         begun = {stage.name for stage in self.stages}
         names = [f"{recipe}, seed {seed}" for seed in seeds for recipe in recipes]
         return [name for name in names if name not in begun]
+
+
+def open_output(config: Config) -> Path:
+    """The run's folder, made and writable, with the configuration in it, as it was last begun or gone on with.
+
+    A new run is given no folder that holds something else.
+    """
+    path = Path(config.output_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if not config.resume and any(path.iterdir()):
+            raise UsageError(f"--output-dir {path} is not empty: choose another, or go on with its run by --resume")
+        settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
+        write_file(path / "config.json", json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise UsageError(f"--output-dir {path} cannot be written: {error.strerror}: {error.filename}") from error
+    return path
+
+
+def abandon_output(output: Path) -> None:
+    """Remove a new run's folder if no student's training is in it, so that its name is free again."""
+    if {file.name for file in output.iterdir()} <= {"config.json", "student_layers.json", "teacher.json"}:
+        shutil.rmtree(output)
 
 
 def begin(output: Path, teacher: Evaluation, *, device: str, precision: str) -> None:

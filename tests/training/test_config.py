@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
-from fastdistill.training.config import PRESETS, Config, UsageError, open_output, parse
+from fastdistill.training.command_line import introduction, parse
+from fastdistill.training.config import Config, UsageError
+from fastdistill.training.presets import PRESETS
+from fastdistill.training.run_files import open_output
 
 
 def test_flags_change_the_preset_and_the_preset_the_defaults():
     config = parse(["--preset", "demo", "--batch-size", "3", "--no-baseline"])
     assert (config.batch_size, config.baseline) == (3, False)
-    assert config.max_steps == PRESETS["demo"]["max_steps"]
+    assert config.max_steps == PRESETS["demo"].settings["max_steps"]
     assert config.clip == Config().clip
 
 
@@ -22,39 +26,86 @@ def test_without_arguments_it_is_the_demo():
 
 
 def test_every_preset_is_a_configuration_for_any_teacher():
-    for name, settings in PRESETS.items():
+    for name, preset in PRESETS.items():
         config = parse(["--preset", name, "--teacher", "some/model", "--student", "another/model"])
-        assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | settings | {
+        assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | preset.settings | {
+            "preset": name,
             "teacher": "some/model",
             "student": "another/model",
         }
 
 
+def test_a_preset_is_introduced_with_what_was_changed_of_it(capsys):
+    assert introduction(parse(["--teacher", "some/model"])) == ""
+    for name, preset in PRESETS.items():
+        assert introduction(parse(["--preset", name, "--seed", "3"])) == f"\npreset {name}: {preset.about}"
+    changed = introduction(parse(["--preset", "gpt2", "--gradient-checkpointing", "--batch-size", "2"]))
+    assert changed.endswith("(of the preset as it stands; changed here: --batch-size, --gradient-checkpointing)")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    usage = " ".join(capsys.readouterr().out.split())
+    assert all(f"- {name}: {' '.join(preset.about.split())}" in usage for name, preset in PRESETS.items())
+
+
 def test_a_teacher_of_ones_own_is_not_distilled_as_the_demo():
     config = parse(["--teacher", "some/model", "--lr", "1e-4"])
     assert config == Config(teacher="some/model", lr=1e-4)
-    assert parse(["--preset", "demo", "--teacher", "some/model"]).max_steps == PRESETS["demo"]["max_steps"]
+    assert parse(["--preset", "demo", "--teacher", "some/model"]).max_steps == PRESETS["demo"].settings["max_steps"]
 
 
-def test_every_field_is_a_flag(capsys):
+def test_every_field_is_a_flag_with_its_help_and_default(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
-    usage = capsys.readouterr().out
-    assert all(f"--{field.name.replace('_', '-')}" in usage for field in dataclasses.fields(Config))
+    usage = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in usage
+        assert field.metadata["help"]
+        assert " ".join(f"{field.metadata['help']} (default: {field.default})".split()) in usage
 
 
-def test_a_config_file_is_a_base_for_flags(tmp_path):
-    file = tmp_path / "small.json"
-    file.write_text(json.dumps({"batch_size": 2, "max_steps": None, "lr": 1}))
-    config = parse(["--config", str(file), "--lr", "0.5"])
-    assert (config.batch_size, config.max_steps, config.lr, config.baseline) == (2, None, 0.5, False)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("small.json", '{"batch_size": 2, "max_steps": null, "lr": 1, "weight_decay": 1e-3}'),
+        ("small.yaml", "batch_size: 2\nmax_steps: null\nlr: 1\nweight_decay: 1e-3  # no string\n"),
+        ("small.yml", "{batch_size: 2, max_steps: ~, lr: 1, weight_decay: .1E-2}"),
+    ],
+)
+def test_a_config_file_is_a_base_for_flags(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    config = parse(["--config", str(tmp_path / name), "--clip", "0.5"])
+    assert config == Config(batch_size=2, max_steps=None, lr=1.0, weight_decay=1e-3, clip=0.5)
+    assert type(config.lr) is float  # a saved 1 would be another text than a saved 1.0
+
+
+def test_a_config_file_may_change_a_preset(tmp_path):
+    (tmp_path / "mine.yaml").write_text("preset: gpt2\nlr: 0.25\n")
+    assert parse(["--config", str(tmp_path / "mine.yaml")]) == parse(["--preset", "gpt2", "--lr", "0.25"])
+
+
+def test_a_saved_configuration_begins_the_same_run_elsewhere(tmp_path):
+    for flags in ([], ["--output-dir", str(tmp_path / "run")]):
+        begun = parse(["--preset", "gpt2", "--stop-at", "7", "--lr", "1", *flags])
+        saved = open_output(dataclasses.replace(begun, output_dir=str(tmp_path / "run"))) / "config.json"
+        assert parse(["--config", str(saved)]) == dataclasses.replace(begun, output_dir=None)
+        elsewhere = str(tmp_path / "elsewhere")
+        assert parse(["--config", str(saved), "--output-dir", elsewhere]).output_dir == elsewhere
+        saved.unlink()
+
+
+def test_a_config_file_may_name_where_its_run_is_kept(tmp_path):
+    (tmp_path / "mine.yaml").write_text("output_dir: runs/mine")
+    assert parse(["--config", str(tmp_path / "mine.yaml")]).output_dir == "runs/mine"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--batchsize", "2"], "unknown argument --batchsize: did you mean --batch-size?"),
-        (["--preset", "dmeo"], "--preset dmeo is not known: did you mean demo?"),
+        (
+            ["--preset", "dmeo"],
+            "--preset must be one of demo, gpt2, postmortem, smollm, got 'dmeo': did you mean demo?",
+        ),
         (["--batch-size", "two"], "--batch-size.*'two'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--grad-accum", "-1"], "--grad-accum must be at least 1, got -1"),
@@ -79,6 +130,10 @@ def test_a_config_file_is_a_base_for_flags(tmp_path):
         (["--resume"], "--resume needs --output-dir"),
         (["--config", "no-such.json"], "--config no-such.json: No such file"),
         (["--config", "a.json", "--preset", "demo"], "--preset and --config are both given"),
+        (
+            ["--resume", "--output-dir", "a", "--config", "a.json"],
+            "--resume goes on with the settings that its run has",
+        ),
     ],
 )
 def test_a_mistake_is_named(arguments, message):
@@ -87,22 +142,43 @@ def test_a_mistake_is_named(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        ('{"batch_siez": 2}', "unknown key 'batch_siez': did you mean batch_size?"),
-        ('{"batch_size": "2"}', "batch_size must be int, got '2'"),
-        ('{"baseline": 1}', "baseline must be bool, got 1"),
-        ('{"batch_size": null}', "batch_size must be int, got None"),
-        ("[1]", "must hold a JSON object, got list"),
-        ("{", "is not JSON"),
+        ("wrong.json", '{"batch_siez": 2}', "unknown key 'batch_siez': did you mean batch_size?"),
+        ("wrong.yaml", "batch-size: 2", "unknown key 'batch-size': did you mean batch_size?"),
+        ("wrong.yaml", "1: 2", "unknown key 1"),
+        ("wrong.json", '{"batch_size": "2"}', "batch_size must be a whole number, got '2'"),
+        ("wrong.json", '{"batch_size": 2.0}', "batch_size must be a whole number, got 2.0"),
+        ("wrong.json", '{"batch_size": true}', "batch_size must be a whole number, got True"),
+        ("wrong.json", '{"lr": true}', "lr must be a number, got True"),
+        ("wrong.yaml", "lr: '1e-3'", "lr must be a number, got '1e-3'"),
+        ("wrong.json", '{"baseline": 1}', "baseline must be true or false, got 1"),
+        ("wrong.json", '{"batch_size": null}', "batch_size must be a whole number, got None"),
+        ("wrong.json", '{"max_steps": "all"}', "max_steps must be a whole number or null, got 'all'"),
+        ("wrong.yaml", "layer_map: 1:3", "layer_map must be text, got 63 (in quotes, if it is the text"),
+        ("wrong.yaml", "student: no", "student must be text or null, got False"),
+        ("wrong.json", "[1]", "must hold settings by name, got [1]"),
+        ("wrong.yaml", "- a", "must hold settings by name, got ['a']"),
+        ("wrong.yaml", "", "must hold settings by name, got nothing"),
+        ("wrong.json", "{", "is not JSON: Expecting property name"),
+        ("wrong.yaml", "a: b: c", "is not YAML: mapping values are not allowed here"),
+        ("wrong.yaml", "lr: !!python/name:os.system 1", "is not YAML: could not determine a constructor"),
+        ("wrong.json", "\xff", "is not JSON: 'utf-8' codec can't decode byte 0xff"),
+        ("wrong.toml", "lr = 1", "must be a .json, .yaml or .yml file, got .toml"),
+        ("wrong", "lr: 1", "must be a .json, .yaml or .yml file, got no suffix"),
+        ("wrong.json", '{"lr": 1, "lr": 2}', "holds lr twice"),
+        ("wrong.yaml", "lr: 1\nclip: 1\nlr: 2", "holds lr twice"),
+        ("wrong.json", '{"resume": true}', "resume is a flag alone"),
+        ("wrong.json", '{"preset": "gpt3"}', "smollm, got 'gpt3': did you mean gpt2?"),
+        ("wrong.json", '{"lr": NaN}', "--lr must be finite, got nan"),
     ],
 )
-def test_a_wrong_config_file_is_named(tmp_path, content, message):
-    file = tmp_path / "wrong.json"
-    file.write_text(content)
-    with pytest.raises(UsageError, match=message) as caught:
+def test_a_wrong_config_file_is_named(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
         parse(["--config", str(file)])
-    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_run_is_resumed_with_its_own_settings(tmp_path):
