@@ -1,0 +1,297 @@
+"""What a run needs, by arithmetic from shapes and settings: memory by part, and floating-point operations.
+
+Nothing is run. docs/presets.md compares the memory with what PyTorch allocates on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from transformers import PreTrainedConfig
+
+from fastdistill.cross_vocab import SHARED_BUFFERS, SORTED_BUFFERS
+from fastdistill.heads import MAX_CHUNK_BYTES
+from fastdistill.linear_chunks import CHUNK_ROWS
+from fastdistill.softmax_kl_torch import BUFFERS
+from fastdistill.training.config import Config
+from fastdistill.training.shapes import Shape, kept_bytes
+
+FLOAT32, HALF = 4, 2
+
+BACKWARD_WIDEST, TEACHER_WIDEST = 3, 5
+"""How many states as wide as the widest inside a block are alive for a moment, beside what is kept: in a block's
+backward pass, and in the teacher's forward pass. Of GPT-2 and Llama, measured on a CPU."""
+
+
+class Device(NamedTuple):
+    """Where a run computes."""
+
+    name: str
+    capability: int | None
+    """The major number of a GPU's compute capability, None for a CPU."""
+    precision: str
+    """What `--precision auto` takes there."""
+    peak: float | None = None
+    """FLOP/s of matrix products in that precision with float32 sums, by the maker's data sheet."""
+    share: float = 1.0
+    """Of the peak that small models are taken to reach: a guess, not a measurement."""
+
+    def seconds(self, flops: float) -> float:
+        """How long so many operations take at that share of the peak."""
+        assert self.peak is not None
+        return flops / (self.peak * self.share)
+
+
+CPU = Device("CPU", None, "fp32")
+# The P100 has no units that sum half-precision products in float32: they are taken to run at its float32 peak.
+P100 = Device("P100", 6, "fp16", 9.3e12, 1 / 3)
+T4 = Device("T4", 7, "fp16", 65e12, 1 / 5)
+H200 = Device("H200", 9, "bf16", 989e12, 1 / 10)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory in bytes by part, at the moment of a step at which it is most; and floating-point operations."""
+
+    memory: dict[str, int]
+    moment: str
+    """"teacher", "loss", "backward" or "end" (of the backward pass, and the optimizer)."""
+    step_flops: int
+    """Of an optimizer step of the distilled student."""
+    run_flops: int | None
+    """Of all students and steps; None where the number of steps is not known."""
+
+    @property
+    def peak(self) -> int:
+        return sum(self.memory.values())
+
+
+def estimate(
+    config: Config,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    device: Device,
+    *,
+    two_tokenizers: bool = False,
+    rows: int | None = None,
+) -> Estimate:
+    """What one process of a run needs once Adam has its state, all rows being full.
+
+    Memory is that of tensors alone: not the libraries' own (on a GPU some hundred MB), not what the allocator cannot
+    use between blocks. Weights, gradients and Adam's two means are float32, four times 4 bytes a parameter; what the
+    forward pass keeps is counted by `kept_bytes`; the losses are by the law of docs/memory.md. Evaluation needs less.
+
+    Operations: a backward pass takes twice those of the forward pass, so 6 a parameter and token for the student and
+    2 for the teacher (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), both with their heads and attention;
+    with gradient checkpointing the student's blocks go forward twice. Evaluation, norms, softmaxes and the optimizer
+    are left out, and so is the training of the demo's teacher.
+
+    Args:
+        student, teacher: their configurations, the student's as it is trained, of fewer layers than its teacher.
+        two_tokenizers: whether they differ, so that `linear_cross_vocab_kl` compares the two.
+        rows: how many the text has, for `epochs`; not needed with `max_steps`.
+
+    Raises:
+        ValueError: for a student of experts, as `kept_bytes` says.
+    """
+    shapes = Shape.of(student), Shape.of(teacher)
+    run = _Memory(config, *shapes, student, device, two_tokenizers)
+    moments = {"teacher": run.teacher(), "loss": run.loss(), "backward": run.backward(), "end": run.end()}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    memory = {part: size for part, size in (run.held() | moments[moment]).items() if size}
+
+    taught, alone = step_flops(config, *shapes), step_flops(config, shapes[0], None)
+    steps = config.max_steps
+    if steps is None and rows is not None:
+        steps = math.ceil(config.epochs * rows / (config.batch_size * config.grad_accum))
+    run_flops = None if steps is None else steps * config.seeds * (taught + config.baseline * alone)
+    return Estimate(memory, moment, taught, run_flops)
+
+
+def step_flops(config: Config, student: Shape, teacher: Shape | None) -> int:
+    """Operations of an optimizer step of all its micro-batches, with a teacher or without."""
+    forward = student.block_flops(config.seq_len)
+    flops = 3 * (forward + student.head_flops()) + config.gradient_checkpointing * forward
+    if teacher and (config.kd_weight or config.layerwise_weight):
+        flops += teacher.block_flops(config.seq_len) + bool(config.kd_weight) * teacher.head_flops()
+    return flops * config.batch_size * config.grad_accum * config.seq_len
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes by part: what is held all the time, and what each moment of a step adds to it."""
+
+    config: Config
+    student: Shape
+    teacher_shape: Shape
+    student_config: PreTrainedConfig
+    device: Device
+    two_tokenizers: bool
+
+    def held(self) -> dict[str, int]:
+        trained = FLOAT32 * self._trained()
+        return {
+            "student's weights": trained,
+            "Adam's two means": 2 * trained,
+            "averaged weights": bool(self.config.ema_decay) * FLOAT32 * self.student.parameters,
+            "teacher's weights": self._teacher_weights(),
+        }
+
+    def teacher(self) -> dict[str, int]:
+        """In one of its last blocks, while the states of the batch before are not yet given up."""
+        if not (self.config.kd_weight or self.config.layerwise_weight) or self._teacher_is_elsewhere():
+            return {}
+        inside = TEACHER_WIDEST * self._tokens() * self.teacher_shape.widest * self._teacher_bytes()
+        return self._earlier_gradients() | self._teacher_states(batches=2) | {"inside the teacher": inside}
+
+    def loss(self) -> dict[str, int]:
+        """In the forward pass of the losses, while they have a chunk of logits."""
+        chunk, gradients, casts = self._loss_buffers()
+        return (
+            self._earlier_gradients()
+            | self._teacher_states()
+            | self._compared_states()
+            | {
+                "student's activations": self._kept_at_loss(),
+                "half-precision copies": self._is_half() * HALF * self.student.matrices + casts,
+                "a chunk of logits": chunk,
+                "gradients of the losses": gradients,
+            }
+        )
+
+    def backward(self) -> dict[str, int]:
+        """In the student's last block, whose turn comes first."""
+        _, gradients, _ = self._loss_buffers()
+        kept, copies = self._kept_at_loss(), HALF * self.student.matrices
+        if self.config.gradient_checkpointing:  # of this block alone, beside what the others begin from
+            kept += self._kept // self.student.depth
+            copies //= self.student.depth
+        of_states = self._pairs() * self._tokens() * self.teacher_shape.width * FLOAT32
+        return (
+            self._earlier_gradients()
+            | self._teacher_states()
+            | self._compared_states()
+            | {
+                "student's activations": kept,
+                "half-precision copies": self._is_half() * copies,
+                "gradients of the losses": gradients + of_states,
+                "inside a block": self._inside_block(),
+            }
+        )
+
+    def end(self) -> dict[str, int]:
+        """At the embedding, whose turn comes last; its gradient is as large as the head's."""
+        embedding = FLOAT32 * self.student.vocab_size * self.student.width
+        again = embedding * (1 + (self.config.grad_accum > 1)) * self.student.tied
+        return {"gradients": FLOAT32 * self._trained(), "gradients of the losses": again}
+
+    def _tokens(self) -> int:
+        return self.config.batch_size * self.config.seq_len
+
+    def _is_half(self) -> bool:
+        return self._precision() != "fp32"
+
+    def _precision(self) -> str:
+        return self.device.precision if self.config.precision == "auto" else self.config.precision
+
+    def _pairs(self) -> int:
+        """Blocks whose outputs are compared; no rule of a map takes more but pairs written out."""
+        return self.student.depth if self.config.layerwise_weight else 0
+
+    def _trained(self) -> int:
+        """Numbers that learn: the student's, and those of the projections to another width."""
+        widths = self.student.width, self.teacher_shape.width
+        learned = widths[0] != widths[1] and self.config.projection == "learned"
+        return self.student.parameters + learned * self._pairs() * widths[0] * widths[1]
+
+    def _earlier_gradients(self) -> dict[str, int]:
+        """Those of the micro-batches before."""
+        return {"gradients": (self.config.grad_accum > 1) * FLOAT32 * self._trained()}
+
+    def _teacher_bytes(self) -> int:
+        """Of one of its numbers; a quantised teacher computes in its dtype too."""
+        dtype = self.config.teacher_dtype
+        return FLOAT32 if (self._precision() if dtype == "auto" else dtype) == "fp32" else HALF
+
+    def _teacher_is_elsewhere(self) -> bool:
+        return self.config.teacher_device == "cpu" and self.device.capability is not None
+
+    def _teacher_weights(self) -> int:
+        shape, size = self.teacher_shape, self._teacher_bytes()
+        if self._teacher_is_elsewhere():  # but for its head
+            return shape.vocab_size * shape.width * size
+        bits = self.config.teacher_bits
+        others = shape.parameters - shape.matrices
+        return others * size + (shape.matrices * bits // 8 if bits else shape.matrices * size)
+
+    def _teacher_states(self, batches: int = 1) -> dict[str, int]:
+        """What its head takes, and the outputs of its mapped blocks."""
+        states = batches * (bool(self.config.kd_weight) + self._pairs())
+        return {"teacher's states": states * self._tokens() * self.teacher_shape.width * self._teacher_bytes()}
+
+    def _compared_states(self) -> dict[str, int]:
+        """Copies of both models' states: with two tokenizers at the positions compared, and where widths differ
+        projected, from a copy in the precision of the product.
+        """
+        width, teacher_width = self.student.width, self.teacher_shape.width
+        both = FLOAT32 * width + self._teacher_bytes() * teacher_width
+        copies = self.two_tokenizers * both * (bool(self.config.kd_weight) + self._pairs())
+        if width != teacher_width:
+            copies += self._pairs() * (HALF * (width + teacher_width) if self._is_half() else FLOAT32 * teacher_width)
+        return {"states compared": copies * self._tokens()}
+
+    @cached_property
+    def _kept(self) -> int:
+        """What the student keeps without gradient checkpointing."""
+        config = self.config
+        masks = config.packing == "documents"
+        return kept_bytes(self.student_config, config.batch_size, config.seq_len, half=self._is_half(), masks=masks)
+
+    def _kept_at_loss(self) -> int:
+        if not self.config.gradient_checkpointing:
+            return self._kept
+        return (self.student.depth + 1) * self._tokens() * self.student.width * FLOAT32
+
+    def _inside_block(self) -> int:
+        return BACKWARD_WIDEST * self._tokens() * self.student.widest * (HALF if self._is_half() else FLOAT32)
+
+    def _loss_buffers(self) -> tuple[int, int, int]:
+        """A chunk; gradients of hidden states and head; heads cast to another precision: bytes of each.
+
+        With two tokenizers two losses have their turns, and each keeps its gradients.
+        """
+        config, vocab = self.config, self.student.vocab_size
+        parts = []
+        if config.lm_weight or (config.kd_weight and not self.two_tokenizers):
+            parts.append(self._fused_loss(with_teacher=bool(config.kd_weight) and not self.two_tokenizers))
+        if config.kd_weight and self.two_tokenizers:
+            parts.append(self._cross_vocab_loss())
+        gradients = FLOAT32 * self.student.width * (self._tokens() + vocab)
+        chunks, casts = zip(*parts, strict=True) if parts else ((0,), (0,))
+        return max(chunks), len(parts) * gradients, max(casts)
+
+    def _fused_loss(self, *, with_teacher: bool) -> tuple[int, int]:
+        """Bytes of a chunk and of cast heads in `linear_softmax_kl`."""
+        vocab, is_half = self.student.vocab_size, self._is_half()
+        teacher_vocab = self.teacher_shape.vocab_size if with_teacher else 0
+        if self.device.capability is None:
+            token = BUFFERS * FLOAT32 * vocab
+            tokens = max(1, MAX_CHUNK_BYTES // token)
+        else:
+            token = FLOAT32 * (vocab + teacher_vocab) + is_half * HALF * vocab
+            tokens = CHUNK_ROWS[self.device.capability]
+        cast = vocab * self.student.width
+        if self._teacher_bytes() == FLOAT32:
+            cast += teacher_vocab * self.teacher_shape.width
+        return min(self._tokens(), tokens) * token, is_half * HALF * cast
+
+    def _cross_vocab_loss(self) -> tuple[int, int]:
+        """The same in `linear_cross_vocab_kl`, which computes in float32."""
+        buffers = SORTED_BUFFERS if self.config.cross_vocab == "sorted" else SHARED_BUFFERS
+        token = buffers * FLOAT32 * (self.student.vocab_size + self.teacher_shape.vocab_size)
+        tokens = max(1, MAX_CHUNK_BYTES // token)
+        cast = self.teacher_shape.vocab_size * self.teacher_shape.width if self._teacher_bytes() == HALF else 0
+        return min(self._tokens(), tokens) * token, FLOAT32 * cast
