@@ -39,7 +39,9 @@ def test_the_memory_law_is_that_of_the_kept_points():
         assert part in page
 
 
-@pytest.mark.parametrize("page", ["README.md", "kernels/README.md", "docs/memory.md", "docs/layerwise.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "kernels/README.md", "docs/memory.md", "docs/layerwise.md", "docs/presets.md"]
+)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
     assert links

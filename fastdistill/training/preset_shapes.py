@@ -47,7 +47,7 @@ STAND_IN = Qwen3MoeConfig(
 """For the founding run's teacher, of which no more is known than a vocabulary of 152k and 1B parameters in experts."""
 
 FOUNDING_ROWS = 24_914 * 2
-"""Steps of its epoch, of two rows each."""
+"""The steps of its epoch times the rows of each."""
 
 PAIRS = {
     "demo": Pair(_demo(2), _demo(4)),
