@@ -45,7 +45,7 @@ class MovementGuard:
         for weights, gradient in found:
             if gradient.numel():
                 place = gradient.abs().argmax()
-                self._watched.append((weights, place, weights.flatten()[place].clone()))
+                self._watched.append((weights, place, weights.take(place)))
 
     def forget(self) -> None:
         """The step that was watched was skipped, so the weights had no reason to move."""
@@ -59,7 +59,7 @@ class MovementGuard:
         """
         if learning_rate <= 0:
             raise TrainingFault(f"the learning rate of an optimizer step is {learning_rate}, not above 0")
-        if self._watched and not any(bool(weights.flatten()[i] != before) for weights, i, before in self._watched):
+        if self._watched and not any(bool(weights.take(i) != before) for weights, i, before in self._watched):
             raise TrainingFault(
                 f"the optimizer stepped with learning rate {learning_rate:.2e}, and none of {len(self._watched)} "
                 "parameters moved"

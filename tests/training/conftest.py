@@ -16,11 +16,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no tes
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastdistill.training.demo import train_tokenizer
+from fastdistill.training.stage import Result
 
 ROOT = Path(__file__).resolve().parents[2]
+STAGE = Path("seed-0/distilled")
 SEQ_LEN = 16
 
 
@@ -91,6 +94,7 @@ def arguments(teacher_folder, text_file, tmp_path) -> Callable[..., list[str]]:
             "teacher": teacher_folder, "data": text_file, "seq_len": SEQ_LEN, "batch_size": 4, "max_steps": 6,
             "lr": 1e-2, "warmup_steps": 2, "layerwise_weight": 0.5, "data_share": 1.0, "log_steps": 1, "eval_steps": 3,
             "save_steps": 2, "precision": "fp32", "baseline": False, "student_layers": "every-other",
+            "tensorboard": False,
         }  # fmt: skip
         settings = ({} if flags.get("resume") else settings) | {"output_dir": tmp_path / name, **flags}
         parts = []
@@ -123,3 +127,24 @@ def records() -> Callable[[Path], list[dict]]:
         return [{key: value for key, value in record.items() if key not in own} for record in parsed]
 
     return read
+
+
+@pytest.fixture
+def assert_same_run(records) -> Callable[[Path, Path], None]:
+    """Bit for bit: every logged number, both kept models and the result."""
+
+    def check(one: Path, other: Path) -> None:
+        logs = [
+            [record for record in records(each / STAGE / "log.jsonl") if "checkpoint" not in record.get("message", "")]
+            for each in (one, other)
+        ]
+        assert logs[0] == logs[1]
+        assert (one / STAGE / "result.json").read_text() == (other / STAGE / "result.json").read_text()
+        best = Result.read(one / STAGE)
+        assert best is not None
+        for name in ("last", f"best-{best.best_step:08d}"):
+            a, b = (load_file(each / STAGE / name / "model.safetensors") for each in (one, other))
+            assert a.keys() == b.keys()
+            assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+
+    return check

@@ -14,36 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fastdistill.training import checkpoint
 from fastdistill.training.objective import DistillationModule
-from fastdistill.training.stage import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = Path("seed-0/distilled")
 LONG = {"max_steps": 24, "eval_steps": 5, "save_steps": 2}
-
-
-@pytest.fixture
-def assert_same_run(records):
-    """Bit for bit: every logged number, both kept models and the result."""
-
-    def check(one: Path, other: Path) -> None:
-        logs = [
-            [record for record in records(each / STAGE / "log.jsonl") if "checkpoint" not in record.get("message", "")]
-            for each in (one, other)
-        ]
-        assert logs[0] == logs[1]
-        assert (one / STAGE / "result.json").read_text() == (other / STAGE / "result.json").read_text()
-        best = Result.read(one / STAGE)
-        assert best is not None
-        for name in ("last", f"best-{best.best_step:08d}"):
-            a, b = (load_file(each / STAGE / name / "model.safetensors") for each in (one, other))
-            assert a.keys() == b.keys()
-            assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
-
-    return check
 
 
 @pytest.fixture
