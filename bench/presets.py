@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from bench.machine import machine
 from fastdistill import shift_targets
+from fastdistill.training import engine
 from fastdistill.training.blocks import Batch, Inputs
 from fastdistill.training.config import Config
-from fastdistill.training.engine import make_optimizer
 from fastdistill.training.estimate import CPU, H200, P100, T4, Device, estimate
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.objective import DistillationModule, Teacher
@@ -94,22 +94,19 @@ def measured_bytes(case: Case) -> int:
     config = case.config
     student, teacher_model = (AutoModelForCausalLM.from_config(case.model(n)) for n in (case.depth, 2 * case.depth))
     student.train()
-    if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layer_map = LayerMap.between("uniform", student, teacher_model, None)
     module, teacher = DistillationModule.of(config, student, layer_map, ONE_TOKENIZER), Teacher(teacher_model)
-    optimizer = make_optimizer(module, config)
-    batch = random_batch(case)
+    wrapped = engine.wrap(module, engine.make_accelerator(config), config)
+    optimizer, batch = engine.make_optimizer(module, config), random_batch(case)
 
     def step() -> None:
         counts = module.count([batch] * config.grad_accum)
         for _ in range(config.grad_accum):
             states = teacher(batch.teacher, module.teacher_layers)  # kept until the next, as in train.py
-            losses = module(batch, states, counts)
-            losses.total.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), config.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+            losses = wrapped(batch, states, counts)
+            engine.backward(losses.total, 1, None)
+        norm = engine.clip_gradients(module, optimizer, config.clip, None)
+        engine.step_if_finite(optimizer, config.lr, norm, None)
 
     step()  # makes Adam's state
     models = {p.data_ptr(): p.nbytes for model in (module, teacher_model) for p in model.parameters()}
