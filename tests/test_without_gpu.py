@@ -33,6 +33,14 @@ LINEAR_PARITY = [
     f"{LOSSES[2]}::test_shared_matches_the_definition",
     f"{LOSSES[3]}::test_every_keyword_matches_the_definition",
 ]
+LINEAR_OPERATIONS = [
+    f"{LOSSES[4]}::test_{what}"
+    for what in (
+        "operations_are_registered_as_pytorch_wants_them[False-(True, True, True)-torch.float32-triton]",
+        "compiled_without_a_graph_break_and_to_the_same_bits",
+        "a_schedule_of_tensors_compiles_nothing_anew",
+    )
+]
 LAYER_PARITY = f"{LOSSES[5]}::test_every_keyword_matches_the_definition"
 LAYER_SIZES = [
     f"{LOSSES[5]}::test_any_number_of_layers_matches_the_definition",
@@ -46,6 +54,7 @@ LAYER_EDGES = [
 LAYER_DTYPES = f"{LOSSES[5]}::test_incoming_gradient_scales_the_gradient"
 NEAR_THE_TEACHER = f"{LOSSES[3]}::test_near_the_teacher_the_gradient_is_that_of_unrounded_logits"
 KERNELS = ["tests/kernels", "bench/test_gpu.py"]
+LAYER_KERNELS = [f"tests/kernels/test_{what}.py" for what in ("layer_loss_kernel", "layer_loss_ops", "softmax_kl_ops")]
 COMPILED = [f"tests/ptx/test_{what}.py" for what in ("triton_kernels", "softmax_kl_traffic", "layer_loss_traffic")]
 
 WAYS = {
@@ -55,8 +64,8 @@ WAYS = {
     "sm_90": {"FASTDISTILL_PTX": "90"},
 }
 SOME_TESTS = {
-    "sm_60": [*COMPILED, "tests/kernels/test_softmax_kl_kernel.py", *PARITY, LAYER_PARITY],
-    "interpreter": [*KERNELS, *PARITY, LOSSES[4], LAYER_PARITY, *LAYER_EDGES],
+    "sm_60": [*COMPILED, "tests/kernels/test_softmax_kl_kernel.py", PARITY[1], LAYER_PARITY],
+    "interpreter": [*LAYER_KERNELS, "bench/test_gpu.py", PARITY[0], *LINEAR_OPERATIONS, LAYER_PARITY, *LAYER_EDGES],
     "sm_75": [*COMPILED, *LINEAR_PARITY, *LAYER_SIZES, *LAYER_EDGES],
     "sm_90": [*COMPILED, *PARITY, NEAR_THE_TEACHER, LAYER_DTYPES],
 }

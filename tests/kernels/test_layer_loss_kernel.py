@@ -67,17 +67,17 @@ def test_as_many_layers_as_the_public_function_believes_fit_one_launch():
     [(1, 16, 1, 16), (1, 16, 5, 13), (4, 16, 1, 9), (4, 16, 3, 16), (4, 8, 2, 16), (2, 8, 4, 29)],
 )
 def test_tiles_change_nothing_but_the_order_of_sums(rows, columns, tiles, width, metric, normalize, monkeypatch):
-    tokens = 23
+    tokens = 13
     programs = -(-tokens // (rows * tiles))
     monkeypatch.setattr(kernels, "tile_plan", lambda *sizes: TilePlan(1, rows, columns, tiles, programs))
-    arguments = random_states(tokens, width, layers=3) | {"mask": random_mask(tokens, dtype=torch.float32)}
+    arguments = random_states(tokens, width, layers=2) | {"mask": random_mask(tokens, dtype=torch.float32)}
     assert_matches(ours, reference.layer_loss, arguments | {"metric": metric, "normalize": normalize}, STATES)
 
 
-@pytest.mark.parametrize("programs", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("programs", [1, 64, 65, 130])
 def test_the_sums_of_any_number_of_programs_are_added(programs, monkeypatch):
     monkeypatch.setattr(kernels, "tile_plan", lambda *sizes: TilePlan(1, 1, 2, 1, programs))
-    assert_matches(ours, reference.layer_loss, random_states(programs, 2, layers=3), STATES)
+    assert_matches(ours, reference.layer_loss, random_states(programs, 2, layers=2), STATES)
 
 
 def test_the_gradient_is_written_where_the_teacher_has_no_position():

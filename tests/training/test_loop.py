@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastdistill.training.loading import load
 from fastdistill.training.objective import DistillationModule
 from fastdistill.training.student import build_student, kept_layers
+from fastdistill.training.walk import ShuffledWalk
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = Path("seed-0/distilled")
@@ -48,6 +49,28 @@ def test_accumulation_is_the_same_step_cut_in_pieces(run, records, smooth_teache
             assert (a["event"], a["step"]) == (b["event"], b["step"])
             if a["event"] == "train":
                 assert b["total"] == pytest.approx(a["total"], rel=1e-4)
+
+
+def test_each_window_is_the_next_samples_of_the_text_and_all_of_them_are_read(run, train_py, monkeypatch):
+    take, collate, windows = ShuffledWalk.take, train_py.collate, []
+
+    def taken(walk, start, count):
+        blocks = take(walk, start, count)
+        windows.append((start, [block[0].ids.tolist() for block in blocks], []))
+        return blocks
+
+    def collated(blocks, *args, **keywords):
+        windows[-1][2].extend(block[0].ids.tolist() for block in blocks)
+        return collate(blocks, *args, **keywords)
+
+    monkeypatch.setattr(ShuffledWalk, "take", taken)
+    monkeypatch.setattr(train_py, "collate", collated)
+    run(batch_size=2, grad_accum=3, stop_at=4, eval_steps=50)
+    run(resume=True)
+    windows = [window for window in windows if len(window[1]) == 6]  # others are the sample that layers are chosen on
+    assert [start for start, _, _ in windows] == [0, 6, 12, 18, 24, 30]
+    for _, drawn, read in windows:
+        assert sorted(read) == sorted(drawn)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
@@ -134,7 +157,7 @@ def test_a_stream_trains_and_goes_on(run, tmp_path, monkeypatch):
     rows = [{"text": f"the student {'reads the next token of ' * (i % 7 + 1)} {i}"} for i in range(400)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("fastdistill.training.data.PORTION_CHARACTERS", 2000)
-    flags = {"data": tmp_path / "rows.jsonl", "streaming": True, "max_steps": 30}
+    flags = {"data": tmp_path / "rows.jsonl", "streaming": True, "max_steps": 30, "eval_steps": 30, "save_steps": 30}
     whole = run("whole", **flags)
     run("stopped", stop_at=17, **flags)
     state = json.loads((max((tmp_path / "stopped" / STAGE / "checkpoints").iterdir()) / "state.json").read_text())
