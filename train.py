@@ -211,7 +211,6 @@ def train(
         # With a gradient scaler an infinite norm is its to handle: it skips the step and lowers its scale.
         finite = bad_steps.accept({**raw, "total": total} | ({} if scaler else {"gradient norm": norm}))
         if not (finite and math.isfinite(norm)):
-            movement.forget()
             monitor.warn(now.step, f"step skipped, not finite: loss {total}, gradient norm {norm}")
             if scaler and scaler.get_scale() < 1:
                 raise TrainingFault("float16 gradients overflow even at a loss scale below 1")

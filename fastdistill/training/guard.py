@@ -31,8 +31,7 @@ class MovementGuard:
         self._watched: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def watch(self, module: nn.Module) -> None:
-        """Call when the gradients are made and the optimizer has not stepped yet; only the first call since `check`
-        or `forget` looks.
+        """Call when the gradients are made and the optimizer has not stepped yet; the first call since `check` looks.
 
         Raises:
             TrainingFault: nothing has a gradient.
@@ -46,10 +45,6 @@ class MovementGuard:
             if gradient.numel():
                 place = gradient.abs().argmax()
                 self._watched.append((weights, place, weights.take(place)))
-
-    def forget(self) -> None:
-        """The step that was watched was skipped, so the weights had no reason to move."""
-        self._watched = []
 
     def check(self, learning_rate: float) -> None:
         """Whether anything has moved since `watch`; reads the device.

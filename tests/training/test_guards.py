@@ -8,10 +8,11 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from fastdistill.training.config import Config
-from fastdistill.training.ending import how_to_go_on
+from fastdistill.training.ending import ending, how_to_go_on
 from fastdistill.training.guard import BadStepGuard, MovementGuard, Patience, TrainingFault
 from fastdistill.training.memory import peak_memory, rescue
 from fastdistill.training.stop import StopRequest
@@ -46,13 +47,6 @@ def test_a_movement_is_of_the_element_with_the_largest_gradient_of_any_parameter
     with torch.no_grad():
         module.bias[1] += 1
     guard.watch(module)
-    guard.check(0.1)
-
-
-def test_a_step_that_was_skipped_is_not_held_against_the_weights():
-    module, guard = module_with_gradient(), MovementGuard()
-    guard.watch(module)
-    guard.forget()
     guard.check(0.1)
 
 
@@ -105,6 +99,25 @@ def test_a_deadline_asks_too():
     stop = StopRequest(time.monotonic())
     assert stop.requested
     assert not stop.signalled
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_a_full_disk_is_an_ending_that_can_be_gone_on_from(error, tmp_path):
+    code, message = ending(error, tmp_path)
+    assert code == 1
+    assert message.startswith("stopped: cannot write: ")
+    assert f"train.py --resume --output-dir {tmp_path}" in message
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(2, "No such file"), SafetensorError("invalid header"), ValueError("a fault")]
+)
+def test_a_fault_of_the_program_is_not_hidden(error, tmp_path):
+    with pytest.raises(type(error)):
+        ending(error, tmp_path)
 
 
 def test_the_way_on_is_a_command(tmp_path, monkeypatch):

@@ -317,6 +317,14 @@ def test_a_nan_is_skipped_counted_and_said(run, records, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in weights(folder).values())
 
 
+def test_a_resumed_run_knows_how_many_steps_were_skipped_before(run, records, monkeypatch):
+    planted_nan(monkeypatch, {2, 4, 5})
+    run(max_bad_steps=3, stop_at=3)
+    monkeypatch.undo()
+    train = [r for r in records(run(resume=True) / STAGE / "log.jsonl") if r["event"] == "train"]
+    assert [r["skipped_steps"] for r in train] == [0, 1, 3, 3, 3, 3]
+
+
 def test_nans_in_a_row_end_the_run_and_name_the_component(run, monkeypatch, capsys):
     planted_nan(monkeypatch, set(range(3, 99)))
     run(expect=1, max_bad_steps=3)
