@@ -30,7 +30,7 @@ def checkpoint_of(run_folder: Path, step: int) -> Path:
 
 
 def test_an_overflow_of_fp16_is_skipped_and_lowers_the_scale(run, records, monkeypatch, assert_same_run):
-    """The third window's gradients are beyond float16 and float32: no step, half the scale, no fault, and on it goes."""
+    """The third window's gradients are beyond float16 and float32: no step, half the scale, no fault, and on."""
     backward, calls = engine.backward, iter(range(1, 100))
 
     def overflowing(total, scale, scaler):
