@@ -179,8 +179,8 @@ def _shared_kl(
     """`softmax_kl` of the events of logits `[n, V]` and `[n, Vt]`."""
     student_ids, teacher_ids = shared_ids
     has_others = len(student_ids) < min(student.shape[1], teacher.shape[1])
-    teacher_events = _events_(teacher, teacher_ids, temperature, has_others)
-    student_events = _events_(student, student_ids, temperature, has_others).requires_grad_(gradient)
+    teacher_events = events_(teacher, teacher_ids, temperature, has_others)
+    student_events = events_(student, student_ids, temperature, has_others).requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         output = softmax_kl(
             student_events,
@@ -207,7 +207,7 @@ def _shared_kl(
     return output.loss.detach(), output.kl, dlogits
 
 
-def _events_(logits: Tensor, ids: Tensor, temperature: float | Tensor, has_others: bool) -> Tensor:
+def events_(logits: Tensor, ids: Tensor, temperature: float | Tensor, has_others: bool) -> Tensor:
     """Logits `[n, K + 1]`, at T = 1, of the shared strings and of all others together; without others `[n, K]`.
 
     An event's logit is the log of its probability but for a constant of the row, so a softmax gives it back: z/T for an

@@ -43,15 +43,17 @@ class Inputs(NamedTuple):
     position_ids: Tensor | None
     attention_mask: Tensor | None = None
 
-    def past_first(self, count: int) -> Tensor:
-        """Which positions, bool `[B, S]`, come after the first `count` of their document, or of their row where
-        documents see each other.
-        """
+    def places(self) -> Tensor:
+        """How many tokens come before each in its document, or in its row where documents see each other, `[B, S]`."""
         if self.position_ids is not None:
-            return self.position_ids >= count
+            return self.position_ids
         if self.attention_mask is not None:
-            return self.attention_mask.cumsum(1) > count
-        return (torch.arange(self.input_ids.shape[1], device=self.input_ids.device) >= count).expand_as(self.input_ids)
+            return self.attention_mask.cumsum(1) - 1
+        return torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand_as(self.input_ids)
+
+    def past_first(self, count: int) -> Tensor:
+        """Which positions, bool `[B, S]`, come after the first `count` of their document, or of their row."""
+        return self.places() >= count
 
 
 class Pairs(NamedTuple):

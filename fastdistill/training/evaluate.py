@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fastdistill.training.blocks import Blocks, collate
 from fastdistill.training.engine import over_processes
+from fastdistill.training.measures import SUMS, Measures
 from fastdistill.training.models import evaluating
-from fastdistill.training.objective import DistillationModule, Sums, Teacher, Weights
+from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
 
 _LM = Weights(kd=0.0, lm=1.0, layerwise=0.0)
@@ -21,16 +24,18 @@ _LM = Weights(kd=0.0, lm=1.0, layerwise=0.0)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over every predicted token: nats; with a teacher also KL(teacher || student) and top-1 agreement, T = 1.
+    """Means over every predicted token: nats; with a teacher also what is kept of it, as `measures.Retention` has it.
 
-    With two tokenizers these two are over the positions that both have (`compared` of them) and the strings that both
-    have, and `bits_per_byte` is the loss that can be set beside that of a model with another tokenizer.
+    With two tokenizers that is over the positions that both have (`compared` of them) and the strings that both have,
+    and `bits_per_byte` is the loss that can be set beside that of a model with another tokenizer.
     """
 
     loss: float
     tokens: int
     kl: float | None = None
     top1_agreement: float | None = None
+    top5_overlap: float | None = None
+    shared_mass: float | None = None
     compared: int | None = None
     bits_per_byte: float | None = None
 
@@ -59,25 +64,47 @@ def evaluate(
     a `pairing` of its own.
     """
     module = model if isinstance(model, DistillationModule) else DistillationModule(model, _LM, pairing=pairing)
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    process = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    sums = torch.zeros(SUMS, dtype=torch.float64, device=next(module.parameters()).device)
+    for measures, counts in measured(module, blocks, batch_size=batch_size, teacher=teacher, process=process):
+        sums += measures.sums() * counts
+    if accelerator:
+        sums = torch.stack(over_processes(sums, accelerator))
+    return summary(sums)
+
+
+@torch.no_grad()
+def measured(
+    module: DistillationModule,
+    blocks: Blocks,
+    *,
+    batch_size: int,
+    teacher: Teacher | None = None,
+    process: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[Measures, bool]]:
+    """Batch by batch, of one process of so many; and whether the batch counts.
+
+    Sharded weights are gathered by all processes together: each has as many batches, of which the last may not count.
+    """
+    rank, ranks = process
     device = next(module.parameters()).device
-    sums = torch.zeros(len(Sums._fields), dtype=torch.float64, device=device)
     with evaluating(module.student):
-        # Sharded weights are gathered by all processes together: each has as many batches, of which the last may not
-        # count.
         for first in range(0, len(blocks), batch_size * ranks):
             mine = range(first, min(first + batch_size * ranks, len(blocks)))[rank * batch_size :][:batch_size]
             batch = collate([blocks[i] for i in mine or [0]], device, align=module.pairing.align)
-            states = None if teacher is None else teacher(batch.teacher)
-            sums += torch.stack(module.measure(batch, states)) * bool(mine)
+            yield module.measure(batch, None if teacher is None else teacher(batch.teacher)), bool(mine)
     if isinstance(module, FSDPModule):
         module.reshard()  # a forward pass alone leaves the root's weights gathered
-    if accelerator:
-        sums = torch.stack(over_processes(sums, accelerator))
-    loss, tokens, text_bytes, kl, top1, compared = sums.tolist()
+
+
+def summary(sums: Tensor) -> Evaluation:
+    """Means, of the sums that `Measures.sums` gives."""
+    loss, tokens, text_bytes, compared, kl, top1, top5, mass, _ = sums.tolist()
     result = Evaluation(loss / tokens, int(tokens))
     if text_bytes:
         result = replace(result, bits_per_byte=loss / math.log(2) / text_bytes)
     if compared:
-        result = replace(result, compared=int(compared), kl=kl / compared, top1_agreement=top1 / compared)
+        means = {"kl": kl, "top1_agreement": top1, "top5_overlap": top5, "shared_mass": mass}
+        means = {name: value / compared for name, value in means.items()}
+        result = replace(result, compared=int(compared), **means)
     return result

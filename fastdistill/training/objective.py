@@ -18,6 +18,13 @@ from fastdistill.training.clock import Clock
 from fastdistill.training.config import Config
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.layerwise import LayerwiseLoss
+from fastdistill.training.measures import (
+    Measures,
+    States,
+    cross_entropy,
+    cross_entropy_and_retention,
+    cross_vocab_retention,
+)
 from fastdistill.training.models import captured_outputs, parts
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
 
@@ -106,19 +113,6 @@ class Losses(NamedTuple):
     total: Tensor
     raw: dict[str, Tensor]
     diagnostics: dict[str, Tensor]
-
-
-class Sums(NamedTuple):
-    """Of one batch, over the tokens predicted: cross-entropy, their number and bytes; and over the `compared` positions
-    KL(teacher || student) and top-1 agreement at temperature 1. float64 scalars; 0 where there is no teacher.
-    """
-
-    loss: Tensor
-    tokens: Tensor
-    text_bytes: Tensor
-    kl: Tensor
-    top1_agreement: Tensor
-    compared: Tensor
 
 
 class DistillationModule(nn.Module):
@@ -216,20 +210,34 @@ class DistillationModule(nn.Module):
             raw["kd"] = crossed.loss.detach()
         return total, raw
 
-    def measure(self, batch: Batch, teacher: TeacherStates | None) -> Sums:
+    def measure(self, batch: Batch, teacher: TeacherStates | None) -> Measures:
         """What is evaluated; like `forward` it may touch the student's base and head."""
+        head = self.parts[0].head
         hidden = self.parts[0].base(**fed(batch.student), use_cache=False).last_hidden_state
-        fused, summed = teacher if self.pairing.is_one else None, {"reduction": "sum"}
-        lm = self.linear_loss(hidden, batch, fused, **summed, kl_weight=0.0, ce_weight=1.0, metrics=fused is not None)
-        none = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        text_bytes, compared = none, (none, none, none)
-        if self.pairing.text_bytes:
-            text_bytes = self.pairing.text_bytes[0][batch.targets[batch.targets != IGNORED]].sum()
-        if teacher is not None:
-            shared = lm if fused else self._cross_vocab_loss(hidden, batch, teacher, **summed, metrics=True)
-            compared = (shared.kl, shared.top1_agreement, shared.num_tokens)
-        values = (lm.ce, lm.num_tokens, text_bytes, *compared)
-        return Sums(*(torch.as_tensor(value, device=hidden.device).double() for value in values))
+        predicted = (batch.targets != IGNORED).nonzero(as_tuple=True)
+        targets, places = batch.targets[predicted], batch.student.places()
+        student, retained, compared = States(hidden[predicted], head.weight, head.bias), None, predicted
+        if teacher is None:
+            loss = cross_entropy(student, targets)
+        elif self.pairing.is_one:
+            taught = States(teacher.hidden[predicted], teacher.weight, teacher.bias)
+            loss, retained = cross_entropy_and_retention(student, taught, targets, self.pairing.vocab_size)
+        else:
+            assert batch.pairs is not None
+            assert self.pairing.shared_ids is not None
+            loss = cross_entropy(student, targets)
+            row, position, teacher_position = batch.pairs
+            compared = row, position
+            taught = States(teacher.hidden[row, teacher_position], teacher.weight, teacher.bias)
+            retained = cross_vocab_retention(student._replace(hidden=hidden[compared]), taught, self.pairing.shared_ids)
+        sizes = self.pairing.text_bytes
+        return Measures(
+            loss,
+            places[predicted],
+            sizes[0][targets] if sizes else None,
+            retained,
+            places[compared] if retained else None,
+        )
 
     def linear_loss(self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, **how: Any) -> LossOutput:
         """`linear_softmax_kl` of the student's final states `[B, S, D]`, and a teacher's of the same tokenizer."""
