@@ -110,11 +110,13 @@ class Blocks:
         return int((end - first).sum()) - (int(begun.sum()) if _beginnings_are_given(tokens, self.packing) else 0)
 
 
-def cut(sides: tuple[Tokens, ...], seq_len: int, packing: str) -> Blocks:
+def cut(sides: tuple[Tokens, ...], seq_len: int, packing: str, context: int = 1) -> Blocks:
     """Blocks of at most `seq_len` tokens a model, in the order of the text.
 
     A block begins by reading once more what came last before it, so that every token is predicted exactly once, but
     the first of all, and with document masks the first of each document: nothing comes before it to predict it from.
+    It reads `context` tokens again, less where the document has no more and more where tokens are long: so many are
+    before each token at least, and a longer context makes more blocks.
     Two models' blocks are cut where both have the end of a token, so that they read the same text.
 
     `packing` is "stream" (documents follow each other in a row and are seen from the next), "documents" (they
@@ -123,7 +125,10 @@ def cut(sides: tuple[Tokens, ...], seq_len: int, packing: str) -> Blocks:
     room = [seq_len - (tokens.beginning is not None) for tokens in sides]
     if min(room) < 2:
         raise UsageError(f"--seq-len {seq_len} leaves no two tokens beside the beginning of text")
-    marks, ends_document = _common_marks(sides, [size // 2 for size in room])
+    if not 1 <= context < min(room):
+        raise UsageError(f"of --seq-len {seq_len}, 1 to {min(room) - 1} tokens may be read again, got {context}")
+    longest = [1] if len(sides) == 1 else [size // 2 for size in room]
+    marks, ends_document = _common_marks(sides, longest)
     document_ends = ends_document.nonzero().flatten().tolist()
     columns = [marks[:, side].contiguous() for side in range(len(sides))]
     spans, mark, document = [], 0, 0
@@ -133,10 +138,17 @@ def cut(sides: tuple[Tokens, ...], seq_len: int, packing: str) -> Blocks:
         # What came before is of no use to a document that does not see it.
         reread = mark > 0 and (packing == "stream" or not ends_document[mark - 1])
         last = document_ends[document] if packing == "padded" else len(marks) - 1
+        begins = 0 if packing == "stream" or not document else document_ends[document - 1] + 1
+        again = max(mark - context, begins)
+        while again < mark - 1 and any(
+            _after_mark(column, mark) - _after_mark(column, again) > size - step
+            for column, size, step in zip(columns, room, longest, strict=True)
+        ):
+            again += 1  # or there would be no room for what is new
         span = []
         for column, size in zip(columns, room, strict=True):
-            new = int(column[mark - 1]) + 1 if mark else 0
-            first = min(new - 1, int(column[mark - 2]) + 1 if mark > 1 else 0) if reread else new
+            new = _after_mark(column, mark)
+            first = min(new - 1, _after_mark(column, again)) if reread else new
             last = min(last, int(torch.searchsorted(column, first + size)) - 1)
             span.append((first, new))
         # A document of a single token has nothing to predict.
@@ -145,6 +157,11 @@ def cut(sides: tuple[Tokens, ...], seq_len: int, packing: str) -> Blocks:
             spans.append([(first, end, new - first) for (first, new), end in zip(span, ends, strict=True)])
         mark = last + 1
     return Blocks(sides, torch.tensor(spans, dtype=torch.int64).view(-1, len(sides), 3), packing)
+
+
+def _after_mark(column: Tensor, mark: int) -> int:
+    """The first token after so many marks."""
+    return int(column[mark - 1]) + 1 if mark else 0
 
 
 def collate(blocks: Sequence[Block], device: torch.device, *, align: str = "bytes") -> Batch:

@@ -28,12 +28,14 @@ class Cutter:
     tokenizers: tuple[PreTrainedTokenizerBase, ...]
     seq_len: int
     packing: str
+    context: int = 1
+    """As in `blocks.cut`."""
 
     def __call__(self, documents: Sequence[str], key: str | None = None) -> Blocks:
         """Blocks of `documents`; with `key`, which names their content, their tokens are kept."""
         two = len(self.tokenizers) > 1
         sides = tuple(tokenize(documents, each, with_ends=two, key=key) for each in self.tokenizers)
-        return cut(sides, self.seq_len, self.packing)
+        return cut(sides, self.seq_len, self.packing, self.context)
 
 
 @dataclass(frozen=True)

@@ -181,3 +181,34 @@ def test_a_stretch_without_a_common_end_is_cut_and_not_lost(plain, packing):
 def test_blocks_too_short_for_anything_are_refused(with_beginning):
     with pytest.raises(UsageError, match="--seq-len 2 leaves no two tokens"):
         cut((tokenize(DOCUMENTS, with_beginning),), 2, "stream")
+
+
+@pytest.mark.parametrize("context", [1, 2, 5, 9])
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("which", ["plain", "with_beginning"])
+def test_a_token_is_predicted_from_as_much_context_as_asked_for(request, which, packing, context):
+    tokenizer = request.getfixturevalue(which)
+    tokens = tokenize(DOCUMENTS, tokenizer)
+    blocks = cut((tokens,), 12, packing, context)
+    assert predicted(blocks) == predicted(cut((tokens,), 12, packing))
+    assert blocks.num_targets() == len(predicted(blocks))
+    begun = tokens.starts if packing != "stream" else torch.tensor([0, len(tokens.ids)])
+    for ((first, end, reread),) in blocks.spans.tolist():
+        assert end - first + (tokens.beginning is not None) <= 12
+        new = first + reread
+        document = int(begun[torch.searchsorted(begun, new, right=True) - 1])
+        assert reread == min(context, new - document)
+
+
+def test_two_models_read_again_what_both_have_room_for(plain, coarse):
+    tokens = tuple(tokenize(DOCUMENTS, each, with_ends=True) for each in (plain, coarse))
+    for context in (1, 3, 6):
+        blocks = cut(tokens, 14, "documents", context)
+        assert predicted(blocks) == predicted(cut(tokens, 14, "documents"))
+        assert (blocks.spans[..., 1] - blocks.spans[..., 0]).max() <= 14
+    assert blocks.spans[..., 2].double().mean() > 3
+
+
+def test_more_context_than_a_row_has_is_an_error(plain):
+    with pytest.raises(UsageError, match="of --seq-len 12, 1 to 11 tokens may be read again, got 12"):
+        cut((tokenize(DOCUMENTS, plain),), 12, "stream", 12)
