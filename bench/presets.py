@@ -12,13 +12,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from bench.machine import machine
@@ -28,6 +27,7 @@ from fastdistill.training.blocks import Batch, Inputs
 from fastdistill.training.config import Config
 from fastdistill.training.estimate import CPU, H200, P100, T4, Device, estimate
 from fastdistill.training.layer_map import LayerMap
+from fastdistill.training.memory import most_allocated
 from fastdistill.training.objective import DistillationModule, Teacher
 from fastdistill.training.pairing import ONE_TOKENIZER
 from fastdistill.training.preset_shapes import PAIRS, estimate_preset
@@ -111,7 +111,7 @@ def measured_bytes(case: Case) -> int:
     step()  # makes Adam's state
     models = {p.data_ptr(): p.nbytes for model in (module, teacher_model) for p in model.parameters()}
     state = sum(x.nbytes for of_parameter in optimizer.state.values() for x in of_parameter.values())
-    return sum(models.values()) + state + allocated(step)
+    return sum(models.values()) + state + most_allocated(step, torch.device("cpu"))
 
 
 def random_batch(case: Case) -> Batch:
@@ -121,21 +121,6 @@ def random_batch(case: Case) -> Batch:
     positions = torch.cat([half, half]).expand_as(ids) if case.packing == "documents" else None
     inputs = Inputs(ids, positions)
     return Batch(inputs, torch.ones_like(ids, dtype=torch.bool), shift_targets(ids), inputs, None)
-
-
-def allocated(run: Callable[[], None]) -> int:
-    """The most bytes of tensors alive at once that are allocated during `run()`, on the CPU."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    results = profiled.profiler.kineto_results if profiled.profiler else None
-    assert results is not None
-    alive = most = 0
-    events: list[Any] = sorted(results.events(), key=lambda event: event.start_ns())
-    for event in events:
-        if event.name() == "[memory]":
-            alive += event.nbytes()
-            most = max(most, alive)
-    return most
 
 
 def compare(case: Case) -> dict[str, Any]:

@@ -17,6 +17,11 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=fastdistill.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("verify", help="check that this installation behaves as it says; exit code 0 if it does")
+    commands.add_parser(
+        "evaluate",
+        add_help=False,
+        help="measure a student on held-out text, beside its teacher: perplexity and retention",
+    )
     report = commands.add_parser("report", help="write the report of a run anew, from the files in its folder")
     report.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of train.py, finished or not")
     compile_check.add_arguments(
@@ -24,7 +29,11 @@ def main() -> int:
             "compile-check", help="compile every kernel for GPUs that are not here; exit code 0 if all pass"
         )
     )
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
+    if options.command == "evaluate":  # its flags derive from a dataclass that needs the extra
+        return _training("evaluate", "panel_report").main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     match options.command:
         case "compile-check":
             return compile_check.main(options)
@@ -34,10 +43,10 @@ def main() -> int:
             return _training("verify").main()
 
 
-def _training(command: str) -> ModuleType:
+def _training(command: str, module: str | None = None) -> ModuleType:
     """The module of a command that needs the [train] extra; without it the program ends with a line that says so."""
     try:
-        return importlib.import_module(f"fastdistill.training.{command}")
+        return importlib.import_module(f"fastdistill.training.{module or command}")
     except ImportError as error:
         needs = f"fastdistill {command} needs the [train] extra (pip install 'fastdistill[train]')"
         print(f"{needs}: {error}", file=sys.stderr)

@@ -14,18 +14,38 @@ from fastdistill.training.presets import PRESETS
 from fastdistill.training.settings_file import read_settings
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser of flags that derive from a dataclass; what it cannot read is a `UsageError`."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+    def add_fields(self, of: type) -> None:
+        """A flag for each field of a dataclass that is a `flag`; what is not given is left out."""
+        hints = typing.get_type_hints(of)
+        for f in (f for f in dataclasses.fields(of) if f.metadata):
+            text = f.metadata["help"].replace("%", "%%") + f" (default: {f.default})"
+            kind = scalar_type(hints[f.name])
+            how: dict[str, Any] = {"type": kind, "metavar": kind.__name__}
+            if kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            self.add_argument(f"--{dashed(f.name)}", default=argparse.SUPPRESS, help=text, **how)
+
+    def flags(self, argv: Sequence[str] | None) -> dict[str, Any]:
+        """Those that are given, by name."""
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+        return vars(given)
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line, all checked."""
-    parser = _Parser(
-        description="Distil a causal language model into a smaller one.",
-        formatter_class=argparse.RawTextHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(description="Distil a causal language model into a smaller one.")
     parser.add_argument(
         "--config",
         metavar="str",
@@ -33,23 +53,8 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         help="file of base settings, JSON or YAML, named like the flags with _ for -; a run's config.json is one, and\n"
         "starts the run anew in a folder of its own",
     )
-    hints = typing.get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        text = f.metadata["help"].replace("%", "%%") + f" (default: {f.default})"
-        if hints[f.name] is bool:
-            parser.add_argument(
-                f"--{dashed(f.name)}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-            )
-        else:
-            kind = scalar_type(hints[f.name])
-            parser.add_argument(
-                f"--{dashed(f.name)}", type=kind, default=argparse.SUPPRESS, help=text, metavar=kind.__name__
-            )
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        raise UsageError(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], flags)}")
-    flags = vars(given)
+    parser.add_fields(Config)
+    flags = parser.flags(argv)
     if "preset" in flags and "config" in flags:
         raise UsageError("--preset and --config are both given: each is the base that flags change, choose one")
     if flags.get("resume"):

@@ -18,8 +18,22 @@ class UsageError(Exception):
     """Something the user asked for cannot be done; the message is all that they need to see."""
 
 
-def _flag(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
+def flag(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
+    """A field that is a flag."""
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check_flags(settings: Any) -> None:
+    """Raise `UsageError` for a field of a dataclass of `flag`s that is none of its choices, or not finite."""
+    for f in dataclasses.fields(settings):
+        value, choices = getattr(settings, f.name), f.metadata.get("choices")
+        if choices and value not in choices:
+            known = [str(choice) for choice in choices if choice is not None]
+            raise UsageError(
+                f"--{dashed(f.name)} must be one of {', '.join(known)}, got {value!r}{nearest(str(value), known)}"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{dashed(f.name)} must be finite, got {value}")
 
 
 _DTYPES = ("fp32", "bf16", "fp16")
@@ -33,138 +47,129 @@ _PRESET_LINES = "\n".join(
 class Config:
     """Every field is a flag: `batch_size` is `--batch-size`."""
 
-    preset: str | None = _flag(
+    preset: str | None = flag(
         None,
         f"base settings, which other flags change; demo, if neither --teacher nor --config is given\n{_PRESET_LINES}\n",
         (None, *PRESETS),
     )
 
-    teacher: str = _flag("demo", "'demo' (trained here once, then cached), a model folder, hub name or .gguf file")
-    teacher_dtype: str = _flag("auto", "number format of the teacher; auto: --precision's", ("auto", *_DTYPES))
-    teacher_bits: int | None = _flag(None, "load the teacher quantised to 8 or 4 bits, by bitsandbytes", (None, 8, 4))
-    teacher_device: str = _flag(
+    teacher: str = flag("demo", "'demo' (trained here once, then cached), a model folder, hub name or .gguf file")
+    teacher_dtype: str = flag("auto", "number format of the teacher; auto: --precision's", ("auto", *_DTYPES))
+    teacher_bits: int | None = flag(None, "load the teacher quantised to 8 or 4 bits, by bitsandbytes", (None, 8, 4))
+    teacher_device: str = flag(
         "auto",
         "where the teacher computes; auto: where the student does; sharded: its blocks spread over the processes",
         ("auto", "cpu", "sharded"),
     )
-    student: str | None = _flag(None, "model folder or hub name to start from; default: layers of the teacher")
-    student_layers: str = _flag(
+    student: str | None = flag(None, "model folder or hub name to start from; default: layers of the teacher")
+    student_layers: str = flag(
         "every-other",
         "teacher layers the student is made of: every-other, first, first:N, importance,\n"
         "importance:N (those that the teacher misses most), or 0,2,5,...",
     )
 
-    data: str = _flag(
+    data: str = flag(
         "pydoc",
         "text: 'pydoc' (Python's language reference, on every machine), .txt, .jsonl or .parquet files and\n"
         "folders of them, wikitext-2, wikitext-103, bookcorpus, openwebtext, c4, fineweb-edu, or any hub\n"
         "data set as owner/name or owner/name:config; several as a,b or with shares as a=0.7,b=0.3",
     )
-    text_field: str = _flag("text", "which field of a row is its text")
-    streaming: bool = _flag(False, "read the text as it is needed instead of before")
-    data_share: float = _flag(1.0, "share of the training text that the student sees, drawn by seed")
-    packing: str = _flag(
+    text_field: str = flag("text", "which field of a row is its text")
+    streaming: bool = flag(False, "read the text as it is needed instead of before")
+    data_share: float = flag(1.0, "share of the training text that the student sees, drawn by seed")
+    packing: str = flag(
         "documents",
         "rows of several documents that do not see each other, of a stream of documents that do,\n"
         "or padded rows of one document",
         ("documents", "stream", "padded"),
     )
-    align: str = _flag(
+    align: str = flag(
         "bytes",
         "with two tokenizers, compare positions that have read the same text, or cut to the shorter and\n"
         "compare by number (mostly unrelated text)",
         ("bytes", "cut"),
     )
-    cross_vocab: str = _flag(
+    cross_vocab: str = flag(
         "shared",
         "with two tokenizers, compare the strings that both have and the rest of the mass, or sorted\nprobabilities",
         ("shared", "sorted"),
     )
 
-    output_dir: str | None = _flag(None, "where the run is kept; default runs/<time>")
-    resume: bool = _flag(False, "go on with the run in --output-dir")
-    seed: int = _flag(0, "seed of the first run")
-    seeds: int = _flag(1, "how many seeds to run, one after another")
-    baseline: bool = _flag(False, "also train the same student on the same tokens without the teacher")
+    output_dir: str | None = flag(None, "where the run is kept; default runs/<time>")
+    resume: bool = flag(False, "go on with the run in --output-dir")
+    seed: int = flag(0, "seed of the first run")
+    seeds: int = flag(1, "how many seeds to run, one after another")
+    baseline: bool = flag(False, "also train the same student on the same tokens without the teacher")
 
-    epochs: float = _flag(1.0, "passes over the student's text, unless --max-steps is given")
-    max_steps: int | None = _flag(None, "optimizer steps")
-    stop_at: int | None = _flag(None, "end the run at this step of a student, saved, without changing the schedule")
-    max_hours: float | None = _flag(None, "end the run after this long, saved, without changing the schedule")
-    batch_size: int = _flag(8, "sequences in a micro-batch of one process")
-    grad_accum: int = _flag(1, "micro-batches in an optimizer step")
-    seq_len: int = _flag(128, "tokens in a sequence")
-    lr: float = _flag(5e-4, "peak learning rate")
-    schedule: str = _flag("cosine", "course of the learning rate after warm-up", ("cosine", "linear", "constant"))
-    warmup_steps: int = _flag(20, "optimizer steps of linear warm-up")
-    weight_decay: float = _flag(0.1, "AdamW weight decay of matrices")
-    clip: float = _flag(1.0, "largest gradient norm")
-    precision: str = _flag(
+    epochs: float = flag(1.0, "passes over the student's text, unless --max-steps is given")
+    max_steps: int | None = flag(None, "optimizer steps")
+    stop_at: int | None = flag(None, "end the run at this step of a student, saved, without changing the schedule")
+    max_hours: float | None = flag(None, "end the run after this long, saved, without changing the schedule")
+    batch_size: int = flag(8, "sequences in a micro-batch of one process")
+    grad_accum: int = flag(1, "micro-batches in an optimizer step")
+    seq_len: int = flag(128, "tokens in a sequence")
+    lr: float = flag(5e-4, "peak learning rate")
+    schedule: str = flag("cosine", "course of the learning rate after warm-up", ("cosine", "linear", "constant"))
+    warmup_steps: int = flag(20, "optimizer steps of linear warm-up")
+    weight_decay: float = flag(0.1, "AdamW weight decay of matrices")
+    clip: float = flag(1.0, "largest gradient norm")
+    precision: str = flag(
         "auto",
         "number format of the student's forward pass; its weights stay fp32. auto: bf16 where the GPU\n"
         "computes in it, fp16 on older ones, fp32 on a CPU",
         ("auto", *_DTYPES),
     )
-    gradient_checkpointing: bool = _flag(False, "compute the student's blocks twice, to hold one block's activations")
-    ema_decay: float = _flag(0.0, "evaluate and keep a running mean of the weights; 0: the weights themselves")
-    shard: bool = _flag(False, "spread weights, gradients and optimizer over the processes (FSDP2), in place of DDP")
+    gradient_checkpointing: bool = flag(False, "compute the student's blocks twice, to hold one block's activations")
+    ema_decay: float = flag(0.0, "evaluate and keep a running mean of the weights; 0: the weights themselves")
+    shard: bool = flag(False, "spread weights, gradients and optimizer over the processes (FSDP2), in place of DDP")
 
-    kd_weight: float = _flag(0.5, "weight of T^2 KL(teacher || student)")
-    lm_weight: float = _flag(0.5, "weight of the next-token cross-entropy")
-    layerwise_weight: float = _flag(0.0, "weight of --layerwise-loss between the outputs of mapped blocks")
-    layerwise_loss: str = _flag(
+    kd_weight: float = flag(0.5, "weight of T^2 KL(teacher || student)")
+    lm_weight: float = flag(0.5, "weight of the next-token cross-entropy")
+    layerwise_weight: float = flag(0.0, "weight of --layerwise-loss between the outputs of mapped blocks")
+    layerwise_loss: str = flag(
         "layer_norm",
         "layer_norm: half the squared error of layer-normalised states, which is 1 - their correlation;\n"
         "cosine: 1 - cos; teacher_rms: squared error over the teacher's mean square; raw: squared error",
         ("layer_norm", "teacher_rms", "cosine", "raw"),
     )
-    layerwise_skip_first: int = _flag(
+    layerwise_skip_first: int = flag(
         0,
         "leave out the first N positions of each document; position 0 carries activations thousands of\ntimes the rest",
     )
-    layer_map: str = _flag(
+    layer_map: str = flag(
         "auto",
         "which blocks' outputs the layerwise loss compares: auto (the teacher's that the student was made of,\n"
         "else uniform), uniform, last, skip, or pairs student:teacher as 0:1,-1:-1 (--layer-map=-1:-1 where\n"
         "a minus comes first)",
     )
-    projection: str = _flag(
+    projection: str = flag(
         "learned",
         "where student and teacher differ in width, what brings the student's states to the teacher's:\n"
         "a matrix that is learned beside the student, or fixed as the identity",
         ("learned", "fixed"),
     )
-    temperature: float = _flag(2.0, "T of both softmaxes")
-    divergence: str = _flag("forward_kl", "which divergence", ("forward_kl", "reverse_kl", "jsd"))
+    temperature: float = flag(2.0, "T of both softmaxes")
+    divergence: str = flag("forward_kl", "which divergence", ("forward_kl", "reverse_kl", "jsd"))
 
-    log_steps: int = _flag(100, "steps between log lines")
-    detail_steps: int = _flag(1000, "steps between detailed blocks")
-    eval_steps: int = _flag(500, "steps between evaluations on held-out text")
-    patience: int | None = _flag(None, "stop after this many evaluations without a better held-out loss")
-    min_delta: float = _flag(0.0, "how many nats lower a held-out loss must be to count as better")
-    patience_from: int = _flag(0, "step from which --patience counts")
-    save_steps: int = _flag(1000, "steps between checkpoints")
-    keep_checkpoints: int = _flag(2, "how many checkpoints to keep")
-    max_bad_steps: int = _flag(5, "stop after this many steps in a row with a NaN or infinite loss")
-    tensorboard: bool = _flag(True, "write the log for TensorBoard too, where it is installed")
+    log_steps: int = flag(100, "steps between log lines")
+    detail_steps: int = flag(1000, "steps between detailed blocks")
+    eval_steps: int = flag(500, "steps between evaluations on held-out text")
+    patience: int | None = flag(None, "stop after this many evaluations without a better held-out loss")
+    min_delta: float = flag(0.0, "how many nats lower a held-out loss must be to count as better")
+    patience_from: int = flag(0, "step from which --patience counts")
+    save_steps: int = flag(1000, "steps between checkpoints")
+    keep_checkpoints: int = flag(2, "how many checkpoints to keep")
+    max_bad_steps: int = flag(5, "stop after this many steps in a row with a NaN or infinite loss")
+    tensorboard: bool = flag(True, "write the log for TensorBoard too, where it is installed")
 
-    teacher_steps: int = _flag(600, "demo teacher: optimizer steps")
-    teacher_lr: float = _flag(3e-3, "demo teacher: peak learning rate")
-    teacher_depth: int = _flag(4, "demo teacher: layers")
-    teacher_width: int = _flag(128, "demo teacher: width")
-    vocab_size: int = _flag(1024, "demo teacher: size of the vocabulary")
+    teacher_steps: int = flag(600, "demo teacher: optimizer steps")
+    teacher_lr: float = flag(3e-3, "demo teacher: peak learning rate")
+    teacher_depth: int = flag(4, "demo teacher: layers")
+    teacher_width: int = flag(128, "demo teacher: width")
+    vocab_size: int = flag(1024, "demo teacher: size of the vocabulary")
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            choices = f.metadata["choices"]
-            if choices and value not in choices:
-                known = [str(choice) for choice in choices if choice is not None]
-                raise UsageError(
-                    f"--{dashed(f.name)} must be one of {', '.join(known)}, got {value!r}{nearest(str(value), known)}"
-                )
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UsageError(f"--{dashed(f.name)} must be finite, got {value}")
+        check_flags(self)
         for name in _AT_LEAST_ONE:
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,7 +19,8 @@ from fastdistill.training.models import evaluating
 from fastdistill.training.objective import DistillationModule, Teacher, Weights
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
 
-_LM = Weights(kd=0.0, lm=1.0, layerwise=0.0)
+LM = Weights(kd=0.0, lm=1.0, layerwise=0.0)
+"""Of a module that is only evaluated."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def evaluate(
     With an `accelerator` each process evaluates its part of them, and all know the result. A `DistillationModule` has
     a `pairing` of its own.
     """
-    module = model if isinstance(model, DistillationModule) else DistillationModule(model, _LM, pairing=pairing)
+    module = model if isinstance(model, DistillationModule) else DistillationModule(model, LM, pairing=pairing)
     process = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     sums = torch.zeros(SUMS, dtype=torch.float64, device=next(module.parameters()).device)
     for measures, counts in measured(module, blocks, batch_size=batch_size, teacher=teacher, process=process):

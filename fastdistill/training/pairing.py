@@ -70,16 +70,21 @@ def pair(
         raise UsageError(
             f"the two tokenizers share no string ({found.why}): the models' predictions cannot be compared"
         )
-    no_text = (None, END_OF_TEXT_STRING, BEGINNING_OF_TEXT_STRING)
-    sizes = [torch.tensor([0 if s in no_text else len(s or b"") for s in side], device=device) for side in strings]
     return Pairing(
         (student, teacher),
         found.why,
         shared_ids=(shared[0].to(device), shared[1].to(device)),
         align=config.align,
         method=config.cross_vocab,
-        text_bytes=tuple(sizes),
+        text_bytes=(text_bytes(student, device), text_bytes(teacher, device)),
     )
+
+
+def text_bytes(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Tensor:
+    """UTF-8 bytes of each id's text, int64 `[V]`; 0 for one that is no text. Raises what `token_strings` does."""
+    no_text = (None, END_OF_TEXT_STRING, BEGINNING_OF_TEXT_STRING)
+    sizes = [0 if string in no_text else len(string or b"") for string in token_strings(tokenizer)]
+    return torch.tensor(sizes, device=device)
 
 
 def describe(pairing: Pairing, blocks: Blocks) -> str:

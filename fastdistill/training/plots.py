@@ -34,6 +34,7 @@ class Panel:
 
     title: str
     draw: Callable[[Axes], object]
+    x_label: str = "optimizer step"
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,10 @@ def _draw(panel: Panel, figure: Figure, left: float = 0.0, bottom: float = 0.0) 
     axes = figure.add_axes((inches[0] / width, inches[1] / height, inches[2] / width, inches[3] / height))
     panel.draw(axes)
     axes.set_title(panel.title, fontsize=9.5, loc="left")
-    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.set_xlabel(panel.x_label, fontsize=9)
     axes.yaxis.label.set_fontsize(9)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if axes.get_xscale() == "linear":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.tick_params(labelsize=8)

@@ -55,7 +55,7 @@ def write(output: Path) -> None:
         write_file(output / f"{plot.name}.png", plots.png(plot, report_parts.made_with(run)))
     title = f"{report_parts.TITLE}: {run.config.teacher}"
     write_file(output / "report.html", report_html.page(title, sections, report_parts.settings(run.config)))
-    write_file(output / "results.json", json.dumps(_strict(_results(run)), indent=2, allow_nan=False) + "\n")
+    write_file(output / "results.json", json.dumps(strict(_results(run)), indent=2, allow_nan=False) + "\n")
     write_file(output / "report.md", report_markdown.page(sections))
 
 
@@ -97,13 +97,13 @@ def _results(run: Run) -> dict[str, Any]:
     }
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The same for strict JSON: what is not finite by its name."""
     match value:
         case dict():
-            return {key: _strict(each) for key, each in value.items()}
+            return {key: strict(each) for key, each in value.items()}
         case list() | tuple():
-            return [_strict(each) for each in value]
+            return [strict(each) for each in value]
         case float() if not math.isfinite(value):
             return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -66,6 +66,8 @@ def _state(run: Run) -> list[str]:
 def retention(rows: Sequence[Row]) -> Table:
     """The models side by side: what the student has kept of its teacher."""
     columns = ["model", "seed", "step", "held-out loss", "perplexity", "KL to teacher", "top-1 agreement"]
+    told = any(row.evaluation.top5_overlap is not None for row in rows)  # older logs do not
+    columns += ["top-5 overlap", "shared mass"] * told
     two_tokenizers = rows[0].evaluation.bits_per_byte is not None
     columns.append("bits per byte" if two_tokenizers else "gap closed")
     lines = []
@@ -80,6 +82,7 @@ def retention(rows: Sequence[Row]) -> Table:
                 _shown_perplexity(e.loss),
                 _shown(e.kl, ".3f"),
                 _shown(e.top1_agreement, ".1%"),
+                *[_shown(e.top5_overlap, ".1%"), _shown(e.shared_mass, ".1%")] * told,
                 _shown(e.bits_per_byte, ".3f") if two_tokenizers else _shown(closed, ".1%"),
             ]
         )
@@ -114,8 +117,10 @@ def _protocol(run: Run) -> str:
     before = "before it" if run.config.packing == "stream" else "before it in its document, whose first has none"
     text = (
         f"Held-out loss: mean cross-entropy in nats over {student.tokens:,} held-out tokens, each predicted once from "
-        f"at most {run.config.seq_len - 1} {before}; perplexity is its exp. KL(teacher || student) and top-1 agreement "
-        "with the teacher are at temperature 1. A best checkpoint is the one with the lowest held-out loss: it is "
+        f"at most {run.config.seq_len - 1} {before}; perplexity is its exp. KL(teacher || student) and agreement "
+        "with the teacher are at temperature 1: top-1 is how often the most probable token is the same, top-5 how many "
+        "of the teacher's five most probable are among the student's, shared mass the probability that both give the "
+        "same tokens. A best checkpoint is the one with the lowest held-out loss: it is "
         "chosen on the text it is reported on."
     )
     if run.has_one_tokenizer:
