@@ -24,7 +24,7 @@ def equal(what: str, came: float, expected: float, tolerance: float = 1e-5) -> s
 def true(what: str, is_so: bool) -> str:
     """`what` holds the numbers."""
     if not is_so:
-        raise Failed(what)
+        raise Failed(f"not so: {what}")
     return what
 
 
@@ -66,5 +66,5 @@ def parity(
     expected, truth = with_gradients(definition, lambda x: x.double() if x.is_floating_point() else x)
     seen, away = equal(what, came, expected), difference(gradients, truth)
     if not away <= 1e-5:
-        raise Failed(f"{seen}, gradient {away:.1e} away")
+        raise Failed(f"{seen}, but gradient {away:.1e} away")
     return f"{seen}, gradient {away:.0e} away"

@@ -112,7 +112,7 @@ def _one_window() -> list[str]:
     seen += [
         equal("learning rate of the first of 2 steps of warm-up:", rate, RECIPE.lr / 2),
         equal("norm of the gradient before it is clipped:", norm, largest),
-        equal("and after:", _norm(whole.grads()), RECIPE.clip),
+        equal("norm after it is clipped:", _norm(whole.grads()), RECIPE.clip),
         true(f"steps of the optimizer after 1 window of 4: {counted} = {{1}}", counted == {1}),
         true(f"parameters that it moved: {_moved(moved)} of {len(moved)}", _moved(moved) == len(moved)),
         true(f"their movement, {away:.0e} away from that of AdamW", away <= 1e-3),

@@ -190,6 +190,10 @@ def another_block(function: Any) -> Any:
     return property(lambda self: [0])
 
 
+def falls_to_nothing(function: Any) -> Any:
+    return lambda step, **keywords: function(step, **keywords) if step < 2 else 1e-9
+
+
 def averaged_by_micro_batch(function: Any) -> Any:
     def faulty(self, batch, teacher, counts):
         out = function(self, batch, teacher, self.count([batch]))
@@ -349,10 +353,12 @@ FAULTS = {
         ("Training", "steps of the optimizer after 1 window", engine, "step_if_finite", every_second_time),
     "learning rate 0":
         ("Training", "learning rate of the first", verify_run, "learning_rate", lambda f: lambda *a, **k: 0.0),
+    "learning rate that falls to nothing":
+        ("Training", "80 steps on 8 rows", verify_run, "learning_rate", falls_to_nothing),
     "micro-batches averaged one by one":
         ("Training", "loss of 4 micro-batches", DistillationModule, "forward", averaged_by_micro_batch),
     "gradient not clipped":
-        ("Training", "and after", engine, "clip_gradients", not_clipped),
+        ("Training", "norm after it is clipped", engine, "clip_gradients", not_clipped),
     "gradient not reset":
         ("Training", "gradients that are left", torch.optim.AdamW, "zero_grad", no_operation),
     "weights not decayed":
