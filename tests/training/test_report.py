@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import fastdistill.__main__
-from fastdistill.training import plots, report, run_files, whole
+from fastdistill.training import plots, report, report_parts, run_files, whole
 from fastdistill.training.config import Config
 from fastdistill.training.evaluate import Evaluation
 from fastdistill.training.report_markdown import table
 from fastdistill.training.report_parts import Table
+from fastdistill.training.results import Row
 from fastdistill.training.run_files import RunError
 
 TEACHER = Evaluation(loss=math.log(20), tokens=1000, kl=0.0, top1_agreement=1.0, compared=1000)
@@ -457,6 +458,18 @@ def test_older_logs_have_no_columns_for_what_they_do_not_tell(reported):
     assert "| model | tokens/s |\n" in markdown
     assert results["seconds"] is None
     assert "time of a step" not in html
+
+
+def test_what_a_student_kept_is_shown_as_far_as_the_log_tells():
+    told = Evaluation(1.0, 10, kl=0.1, top1_agreement=0.25, top5_overlap=0.5, shared_mass=0.75, compared=10)
+    older = Evaluation(1.0, 10, kl=0.1, top1_agreement=0.25, compared=10)
+    rows = [Row("teacher", None, told), Row("untrained student", None, older)]
+    table = report_parts.retention(rows)
+    columns = dict(zip(table.columns, zip(*table.rows, strict=True), strict=True))
+    assert columns["top-1 agreement"] == ("25.0%", "25.0%")
+    assert columns["top-5 overlap"] == ("50.0%", "")
+    assert columns["shared mass"] == ("75.0%", "")
+    assert "shared mass" not in report_parts.retention(rows[1:] * 2).columns
 
 
 def test_begin_keeps_the_teacher_and_the_versions_that_run(a_run):
