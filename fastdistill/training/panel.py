@@ -16,6 +16,7 @@ from fastdistill.training.config import Config, UsageError, check_flags, flag
 from fastdistill.training.data import Cutter
 from fastdistill.training.evaluate import LM, Evaluation, measured, perplexity, summary
 from fastdistill.training.footprint import Footprint, footprint
+from fastdistill.training.harness import task_scores
 from fastdistill.training.loading import load
 from fastdistill.training.measures import Retention
 from fastdistill.training.models import check_document_masks, context_length
@@ -56,16 +57,21 @@ class Settings:
     align: str = flag("bytes", "with two tokenizers, the positions compared, as for train.py", ("bytes", "cut"))
     batch_size: int = flag(8, "rows at a time")
     dtype: str = flag("fp32", "number format in which the models are loaded and compute", ("fp32", "bf16", "fp16"))
+    tasks: str | None = flag(None, "also these tasks of lm-evaluation-harness, as a,b (needs pip install lm_eval)")
+    tasks_folder: str | None = flag(None, "folder of tasks of your own for it, as YAML files")
+    task_limit: int | None = flag(None, "examples of each task, for a trial; default all")
     output: str | None = flag(None, "folder to write evaluation.json, .md, .html and images into")
 
     def __post_init__(self) -> None:
         check_flags(self)
-        for name in ("max_characters", "stride", "batch_size"):
+        for name in ("max_characters", "stride", "batch_size", "task_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.seq_len is not None and self.seq_len < 2:
             raise UsageError(f"--seq-len must be at least 2 (one token predicts the next), got {self.seq_len}")
+        if self.tasks is None and (self.tasks_folder or self.task_limit):
+            raise UsageError("--tasks-folder and --task-limit are about --tasks, which is not given")
         if self.untrained and not self.teacher:
             raise UsageError("--untrained says how much of the gap to a teacher was closed: give --teacher too")
 
@@ -94,6 +100,8 @@ class Panel:
     by_place: list[Bucket]
     by_entropy: list[Bucket]
     footprint: Footprint
+    tasks: dict[str, dict[str, float]]
+    """By task and metric, where tasks are asked for."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def compare(settings: Settings, device: torch.device) -> Comparison:
     """
     student, tokenizer = load(settings.student, dtype=settings.dtype, device=device)
     models, pairing = {"student": student}, Pairing((tokenizer,), "one tokenizer")
-    teacher = None
+    teacher, teacher_tokenizer = None, tokenizer
     if settings.teacher:
         teacher_model, teacher_tokenizer = load(settings.teacher, dtype=settings.dtype, device=device)
         pairing = pair(tokenizer, teacher_tokenizer, Config(align=settings.align), device)
@@ -153,11 +161,24 @@ def compare(settings: Settings, device: torch.device) -> Comparison:
         raise UsageError(f"--data {settings.data}: the {settings.part} text has no token to predict")
     notes += [*said, *([describe(pairing, blocks)] if teacher else [])]
     words = sum(len(document.split()) for document in documents)
-    panels = []
+    asked, panels = settings.tasks.split(",") if settings.tasks else [], []
     for name, model in models.items():
         own = (blocks.side(-1), pairing.of_teacher()) if name == "teacher" else (blocks, pairing)
         source = {"teacher": settings.teacher, "untrained student": settings.untrained}.get(name) or settings.student
-        panels.append(panel(name, source, model, *own, teacher, words, settings.batch_size, seq_len))
+        reads = teacher_tokenizer if name == "teacher" else tokenizer
+        scores = (
+            task_scores(
+                model,
+                reads,
+                asked,
+                folder=settings.tasks_folder,
+                limit=settings.task_limit,
+                batch_size=settings.batch_size,
+            )
+            if asked
+            else {}
+        )
+        panels.append(panel(name, source, model, *own, teacher, words, settings.batch_size, seq_len, scores))
     return Comparison(
         settings, panels, pairing.is_one, panels[-1].evaluation.tokens, words, len(documents), seq_len, stride, notes
     )
@@ -191,6 +212,7 @@ def panel(
     words: int,
     batch_size: int,
     seq_len: int,
+    tasks: dict[str, dict[str, float]],
 ) -> Panel:
     """One model on `blocks`, of a text of so many words."""
     module = DistillationModule(model, LM, pairing=pairing)
@@ -209,7 +231,7 @@ def panel(
         by_entropy = buckets(ENTROPIES, (kept.teacher_entropy[alike], loss[alike]), (kept.teacher_entropy, kept))
     return Panel(
         name, source, evaluation, perplexity(evaluation.loss * evaluation.tokens / max(1, words)), by_place, by_entropy,
-        footprint(model, min(batch_size, len(blocks)), seq_len),
+        footprint(model, min(batch_size, len(blocks)), seq_len), tasks,
     )  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def sections(comparison: Comparison, drawn: Sequence[Plot]) -> list[Section]:
         ),
         Section("By how much was read before", [_buckets(comparison, "by_place", "tokens before", "d"), *drawn[:1]]),
         Section("By the teacher's entropy", [_buckets(comparison, "by_entropy", "nats", "g"), *drawn[1:]]),
+        Section("Tasks of lm-evaluation-harness", [_tasks(comparison)]),
         Section("Size and speed", [_footprints(comparison), _measured(comparison)]),
     ]
     return [section for section in found if any(not isinstance(p, Table) or p.rows for p in section.parts)]
@@ -165,6 +166,22 @@ def _range(low: float, high: float, form: str) -> str:
             f"{low:.0f}" if high == low + 1 else f"{low:.0f} to {high - 1:.0f}" if high < math.inf else f"{low:.0f} on"
         )
     return f"{low:g} to {high:g}" if high < math.inf else f"{low:g} on"
+
+
+def _tasks(comparison: Comparison) -> Table:
+    """A line for each task and metric; a standard error stands beside what it is of."""
+    models = [panel.tasks for panel in comparison.panels]
+    lines = []
+    for task, found in models[-1].items():
+        for metric in (name for name in found if "_stderr" not in name):
+            cells = [_score(scores.get(task, {}), metric) for scores in models]
+            lines.append([f"{task}, {metric.removesuffix(',none')}", *cells])
+    return Table(["task", *(panel.name for panel in comparison.panels)], lines)
+
+
+def _score(scores: dict[str, float], metric: str) -> str:
+    error = scores.get(metric.replace(",", "_stderr,", 1))
+    return "" if metric not in scores else f"{scores[metric]:.4f}" + (f" ± {error:.4f}" if error else "")
 
 
 def _footprints(comparison: Comparison) -> Table:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,29 @@ def test_a_student_alone_needs_no_teacher(compared):
     assert student.evaluation.bits_per_byte is not None
 
 
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_tasks_of_the_harness_are_scored(student_folder, text_file, tmp_path, capsys):
+    """A task of one's own, whose answer is the continuation that the model holds more probable."""
+    rows = [{"query": "the student", "choices": [" reads", " of"], "gold": i % 2} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own.yaml").write_text(
+        f"task: own_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n"
+        "output_type: multiple_choice\ntest_split: test\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: gold\nmetric_list:\n  - metric: acc\n"
+    )
+    arguments = [str(student_folder), "--data", str(text_file), "--tasks", "own_task", "--tasks-folder", str(tmp_path)]
+    assert panel_report.main(arguments) == 0
+    assert "| own_task, acc | 0.5000" in capsys.readouterr().out
+    assert panel_report.main([*arguments[:3], "--tasks", "no_such_task"]) == 2
+    assert "lm-evaluation-harness knows no task no_such_task" in capsys.readouterr().err
+
+
+def test_without_the_harness_its_tasks_are_refused(student_folder, text_file, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert panel_report.main([str(student_folder), "--data", str(text_file), "--tasks", "hellaswag"]) == 2
+    assert "--tasks needs lm-evaluation-harness" in capsys.readouterr().err
+
+
 def test_files_and_the_printed_page_have_the_numbers(student_folder, teacher_folder, text_file, tmp_path, capsys):
     output = tmp_path / "of it"
     arguments = [
@@ -191,6 +216,7 @@ def test_files_and_the_printed_page_have_the_numbers(student_folder, teacher_fol
         (["--seq-len", "8", "--stride", "8"], "--stride must be less than the 8 tokens of a row, got 8"),
         (["--stride", "0"], "--stride must be at least 1, got 0"),
         (["--untrained", "x"], "--untrained says how much of the gap to a teacher was closed: give --teacher too"),
+        (["--task-limit", "3"], "--tasks-folder and --task-limit are about --tasks, which is not given"),
         (["--part", "some"], "--part must be one of held-out, all, got 'some'"),
         (["--teacher", "absent"], "cannot load the model absent"),
         (["--data", "absent.txt"], "--data absent.txt: No such file or directory"),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -119,10 +120,10 @@ def test_its_evaluation_beside_half_its_layers_is_what_plain_transformers_gives(
     for folder, each in zip(folders, (half, model), strict=True):
         each.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    how = {"max_characters": 6000, "seq_len": 128, "stride": 96, "packing": "stream", "batch_size": 2}
-    found = compare(Settings(*map(str, folders), **how), torch.device("cpu"))
+    how: dict[str, Any] = {"max_characters": 6000, "seq_len": 128, "stride": 96, "packing": "stream", "batch_size": 2}
+    found = compare(Settings(str(folders[0]), str(folders[1]), **how), torch.device("cpu"))
     documents, _ = text(found.settings)
-    by_hand = means_by_hand(*folders, documents, 128, 96)
+    by_hand = means_by_hand(folders[0], folders[1], documents, 128, 96)
     evaluation = found.panels[1].evaluation
     print(evaluation, by_hand)
     assert evaluation.tokens == by_hand["tokens"] > 1000
