@@ -7,11 +7,11 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from fastdistill.training.config import Config
+from fastdistill.training.config import Config, dashed
 from fastdistill.training.guard import TrainingFault
 
 
@@ -43,7 +43,7 @@ def rescue(save: Callable[[], None] | Literal[False], config: Config) -> Iterato
     if save:
         save()
     saved = "All that was done is saved" if save else "The latest checkpoint is where to go on"
-    flags = _way_out(config)
+    flags = as_flags(easier(config))
     less = (
         f"With {' '.join(flags)} a step is the same and needs less"
         if flags
@@ -67,9 +67,17 @@ def _what_was_asked(error: BaseException) -> str:
     return f"{size}, {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are in use"
 
 
-def _way_out(config: Config) -> list[str]:
-    """Flags with which the same steps need less memory; none where there are no such."""
+def easier(config: Config) -> dict[str, Any]:
+    """Settings with which the same steps need less memory; none where there are no such."""
     if config.batch_size > 1:
         parts = next(n for n in range(2, config.batch_size + 1) if config.batch_size % n == 0)
-        return ["--batch-size", f"{config.batch_size // parts}", "--grad-accum", f"{config.grad_accum * parts}"]
-    return [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+        return {"batch_size": config.batch_size // parts, "grad_accum": config.grad_accum * parts}
+    return {} if config.gradient_checkpointing else {"gradient_checkpointing": True}
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """As a command line has them."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{dashed(name)}"] if value is True else [f"--{dashed(name)}", str(value)]
+    return flags
