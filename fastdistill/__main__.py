@@ -10,12 +10,31 @@ from types import ModuleType
 
 import fastdistill
 from fastdistill import compile_check
+from fastdistill.training import doctor
 
 
 def main() -> int:
+    options = make_parser().parse_args()
+    match options.command:
+        case "compile-check":
+            return compile_check.main(options)
+        case "doctor":
+            return doctor.main(options)
+        case "report":
+            return _training("report").main(options.run)
+        case _:
+            return _training("verify").main()
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastdistill", description=fastdistill.__doc__)
     parser.add_argument("--version", action="version", version=fastdistill.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    doctor.add_arguments(
+        commands.add_parser(
+            "doctor", help="what this machine has, and what a preset takes on it; exit code 0 if it is ready"
+        )
+    )
     commands.add_parser("verify", help="check that this installation behaves as it says; exit code 0 if it does")
     report = commands.add_parser("report", help="write the report of a run anew, from the files in its folder")
     report.add_argument("run", type=Path, metavar="RUN", help="the folder of a run of train.py, finished or not")
@@ -24,14 +43,7 @@ def main() -> int:
             "compile-check", help="compile every kernel for GPUs that are not here; exit code 0 if all pass"
         )
     )
-    options = parser.parse_args()
-    match options.command:
-        case "compile-check":
-            return compile_check.main(options)
-        case "report":
-            return _training("report").main(options.run)
-        case _:
-            return _training("verify").main()
+    return parser
 
 
 def _training(command: str) -> ModuleType:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +104,7 @@ def _most_on_gpu(run: Callable[[], None], device: torch.device) -> int:
 
 def _most_on_cpu(run: Callable[[], None]) -> int:
     """The most bytes of tensors alive at once of those that are allocated during `run()`."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     results = profiled.profiler.kineto_results if profiled.profiler else None
     assert results is not None
@@ -113,6 +115,19 @@ def _most_on_cpu(run: Callable[[], None]) -> int:
             alive += event.nbytes()
             most = max(most, alive)
     return most
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the profiler's library writes past Python to standard error."""
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
