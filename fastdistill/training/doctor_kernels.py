@@ -81,14 +81,14 @@ def _loss_and_gradient(operation: str, device: torch.device, impl: str) -> tuple
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=make).to(device)
 
-    hidden, weight = normal(40, 32).requires_grad_(), normal(501, 32)
-    targets = torch.randint(501, (40,), generator=make).to(device)
+    tokens, vocab, width = 5, 301, 32
+    hidden, weight = normal(tokens, width).requires_grad_(), normal(vocab, width)
+    teacher, teacher_weight = normal(tokens, width), normal(vocab, width)
+    targets, how = torch.randint(vocab, (tokens,), generator=make).to(device), {"ce_weight": 0.5, "impl": impl}
     losses: dict[str, Callable[[], Any]] = {
-        "softmax_kl": lambda: softmax_kl(hidden @ weight.T, normal(40, 501), targets, ce_weight=0.5, impl=impl),
-        "linear_softmax_kl": lambda: linear_softmax_kl(
-            hidden, weight, normal(40, 16), normal(501, 16), targets, ce_weight=0.5, impl=impl
-        ),
-        "layer_loss": lambda: layer_loss([hidden], [normal(40, 32)], normalize="layer_norm", impl=impl),
+        "softmax_kl": lambda: softmax_kl(hidden @ weight.T, teacher @ teacher_weight.T, targets, **how),
+        "linear_softmax_kl": lambda: linear_softmax_kl(hidden, weight, teacher, teacher_weight, targets, **how),
+        "layer_loss": lambda: layer_loss([hidden], [teacher], normalize="layer_norm", impl=impl),
     }
     loss = losses[operation]().loss
     (gradient,) = torch.autograd.grad(loss, hidden)
