@@ -84,7 +84,10 @@ def plan(preset: str, changed: dict[str, Any], gpu: Gpu | None, *, is_served: bo
         GOOD, "batch", f"{rows}; the fused loss takes {chunk:,} of them at a time", numbers={"chunk_tokens": chunk}
     )
     yield _memory(here, found)
-    rate = _product_rate(here) if is_served else None
+    try:
+        rate = _product_rate(here) if is_served else None
+    except RuntimeError:  # no memory is left on the device
+        rate = None
     yield _time(here, found, rate)
     if measure and is_served:
         yield from _measured(here, found, rate)
@@ -139,7 +142,7 @@ def _time(here: Plan, found: Estimate, rate: float | None) -> Finding:
     work += " without the training of the demo's teacher" * (here.preset == "demo")
     numbers = {"step_flops": found.step_flops, "run_flops": found.run_flops, "product_flops_per_second": rate}
     if rate is None:
-        return Finding(NOTE, "time", f"{work}; no rate can be measured on this GPU yet", numbers=numbers)
+        return Finding(NOTE, "time", f"{work}; no rate can be measured on this GPU now", numbers=numbers)
     times = _times(found, found.step_flops / rate / SHARE)
     how = f"at a third (assumed) of the {rate / 1e9:,.0f} GFLOP/s of one large product (measured)"
     return Finding(GOOD, "time", f"about {times}: {work}, {how}", numbers=numbers)
@@ -157,12 +160,18 @@ def _measured(here: Plan, found: Estimate, rate: float | None) -> Iterator[Findi
         text = f"not run: {size(here.needed(found))} are needed by the estimate, {size(here.free or 0)} are free"
         yield Finding(NOTE, "measured", text)
         return
-    assert rate is not None
     share_of_step = min(MICRO_BATCHES, here.config.grad_accum) / here.config.grad_accum
-    wait = duration(STEPS * share_of_step * found.step_flops / rate / SHARE)
-    yield Finding(NOTE, "measuring", f"{STEPS} steps of random models of these sizes, about {wait}")
+    wait = f", about {duration(STEPS * share_of_step * found.step_flops / rate / SHARE)}" if rate else ""
+    yield Finding(NOTE, "measuring", f"{STEPS} steps of random models of these sizes{wait}")
     pair = PAIRS[here.preset]
-    step = measure_step(here.config, pair.student, pair.teacher, here.device, two_tokenizers=pair.two_tokenizers)
+    try:
+        step = measure_step(here.config, pair.student, pair.teacher, here.device, two_tokenizers=pair.two_tokenizers)
+    except (RuntimeError, MemoryError) as error:
+        text = f"a step fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        yield Finding(
+            FAULT, "measured", text, "less, as by --batch-size, if it is memory; else please report this output"
+        )
+        return
     off = found.peak / step.bytes - 1
     text = f"{size(step.bytes)} of tensors, estimated {size(found.peak)} ({off:+.1%}); {_times(found, step.seconds)}"
     numbers = {"bytes": step.bytes, "estimate_off_by": off, "seconds_per_step": step.seconds}

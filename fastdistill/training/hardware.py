@@ -74,9 +74,13 @@ def visible_gpus() -> list[Gpu]:
             return []
         gpus = []
         for index in range(torch.cuda.device_count()):
-            about, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+            about = torch.cuda.get_device_properties(index)
+            try:
+                free, _ = torch.cuda.mem_get_info(index)
+            except RuntimeError:  # other programs have left too little to begin with
+                free = 0
             capability = about.major, about.minor
-            gpus.append(Gpu(about.name, capability, total, free, about.multi_processor_count))
+            gpus.append(Gpu(about.name, capability, about.total_memory, free, about.multi_processor_count))
         return gpus
 
 

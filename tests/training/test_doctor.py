@@ -91,7 +91,8 @@ def machine(monkeypatch) -> Callable[..., None]:
 
         def properties(index):
             major, minor = CARDS[gpus[index]]
-            return SimpleNamespace(name=gpus[index], major=major, minor=minor, multi_processor_count=40)
+            sizes = {"total_memory": int(16e9), "multi_processor_count": 40}
+            return SimpleNamespace(name=gpus[index], major=major, minor=minor, **sizes)
 
         monkeypatch.setattr(hardware.subprocess, "run", nvidia_smi_prints)
         monkeypatch.setattr(hardware, "nvidia_on_the_bus", lambda: False)
@@ -321,6 +322,31 @@ def test_too_little_memory_has_flags_that_help(machine, doctor):
     assert rows * batches == 8
     assert doctor(*flags).code == 0
     assert doctor("--batch-size", str(2 * rows), "--grad-accum", str(batches // 2)).code == 1
+
+
+def test_a_gpu_that_others_have_filled(machine, doctor, monkeypatch):
+    def full(*of):
+        raise torch.OutOfMemoryError("CUDA error: out of memory")
+
+    machine("13.0", (A_T4,), f"580.65.06, {A_T4}, 7.5\n")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    monkeypatch.setattr(doctor_preset, "_product_rate", full)
+    found = doctor()
+    assert found.code == 1
+    assert "0.0 of 16.0 GB free" in found.line("gpu 0")
+    assert "0 MB are free: too little" in found.line("memory")
+    assert "no rate can be measured" in found.line("time")
+
+
+def test_a_measured_step_that_fails_is_told(machine, doctor, monkeypatch):
+    def fail(*of, **how):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.\nGPU 0 has")
+
+    machine()
+    monkeypatch.setattr(doctor_preset, "measure_step", fail)
+    found = doctor("--measure")
+    assert found.code == 1
+    assert "✗ measured      a step fails: OutOfMemoryError: Tried to allocate 2.00 GiB. GPU 0" in found.line("measured")
 
 
 @pytest.mark.parametrize(
