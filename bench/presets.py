@@ -18,18 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from bench.machine import machine
-from fastdistill import shift_targets
-from fastdistill.training import engine
-from fastdistill.training.blocks import Batch, Inputs
 from fastdistill.training.config import Config
 from fastdistill.training.estimate import CPU, H200, P100, T4, Device, estimate
-from fastdistill.training.layer_map import LayerMap
-from fastdistill.training.memory import most_allocated
-from fastdistill.training.objective import DistillationModule, Teacher
-from fastdistill.training.pairing import ONE_TOKENIZER
+from fastdistill.training.measured_step import measure_step
 from fastdistill.training.preset_shapes import PAIRS, estimate_preset
 
 GPUS = (P100, T4, H200)
@@ -89,38 +83,9 @@ CASES = [
 
 
 def measured_bytes(case: Case) -> int:
-    """The most bytes that tensors take during a step."""
-    torch.manual_seed(0)
-    config = case.config
-    student, teacher_model = (AutoModelForCausalLM.from_config(case.model(n)) for n in (case.depth, 2 * case.depth))
-    student.train()
-    layer_map = LayerMap.between("uniform", student, teacher_model, None)
-    module, teacher = DistillationModule.of(config, student, layer_map, ONE_TOKENIZER), Teacher(teacher_model)
-    wrapped = engine.wrap(module, engine.make_accelerator(config), config)
-    optimizer, batch = engine.make_optimizer(module, config), random_batch(case)
-
-    def step() -> None:
-        counts = module.count([batch] * config.grad_accum)
-        for _ in range(config.grad_accum):
-            states = teacher(batch.teacher, module.teacher_layers)  # kept until the next, as in train.py
-            losses = wrapped(batch, states, counts)
-            engine.backward(losses.total, 1, None)
-        norm = engine.clip_gradients(module, optimizer, config.clip, None)
-        engine.step_if_finite(optimizer, config.lr, norm, None)
-
-    step()  # makes Adam's state
-    models = {p.data_ptr(): p.nbytes for model in (module, teacher_model) for p in model.parameters()}
-    state = sum(x.nbytes for of_parameter in optimizer.state.values() for x in of_parameter.values())
-    return sum(models.values()) + state + most_allocated(step, torch.device("cpu"))
-
-
-def random_batch(case: Case) -> Batch:
-    """Of one document a row, or of two."""
-    ids = torch.randint(case.vocab_size, (case.batch_size, case.seq_len))
-    half = torch.arange(case.seq_len // 2)
-    positions = torch.cat([half, half]).expand_as(ids) if case.packing == "documents" else None
-    inputs = Inputs(ids, positions)
-    return Batch(inputs, torch.ones_like(ids, dtype=torch.bool), shift_targets(ids), inputs, None)
+    """The most bytes that tensors take during a step, on a CPU."""
+    student, teacher = case.model(case.depth), case.model(2 * case.depth)
+    return measure_step(case.config, student, teacher, torch.device("cpu"), two_tokenizers=False).bytes
 
 
 def compare(case: Case) -> dict[str, Any]:

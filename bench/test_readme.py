@@ -41,7 +41,14 @@ def test_the_memory_law_is_that_of_the_kept_points():
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "kernels/README.md", "docs/memory.md", "docs/layerwise.md", "docs/presets.md", "docs/evaluation.md"],
+    [
+        "README.md",
+        "kernels/README.md",
+        *(
+            f"docs/{name}"
+            for name in ("evaluation.md", "kaggle.ipynb", "layerwise.md", "memory.md", "presets.md", "quickstart.md")
+        ),
+    ],
 )
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))

@@ -10,12 +10,36 @@ from types import ModuleType
 
 import fastdistill
 from fastdistill import compile_check
+from fastdistill.training import doctor
 
 
 def main() -> int:
+    parser = make_parser()
+    options, rest = parser.parse_known_args()
+    if options.command == "evaluate":  # its flags derive from a dataclass that needs the extra
+        return _training("evaluate", "panel_report").main(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    match options.command:
+        case "compile-check":
+            return compile_check.main(options)
+        case "doctor":
+            return doctor.main(options)
+        case "report":
+            return _training("report").main(options.run)
+        case _:
+            return _training("verify").main()
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastdistill", description=fastdistill.__doc__)
     parser.add_argument("--version", action="version", version=fastdistill.__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    doctor.add_arguments(
+        commands.add_parser(
+            "doctor", help="what this machine has, and what a preset takes on it; exit code 0 if it is ready"
+        )
+    )
     commands.add_parser("verify", help="check that this installation behaves as it says; exit code 0 if it does")
     commands.add_parser(
         "evaluate",
@@ -29,18 +53,7 @@ def main() -> int:
             "compile-check", help="compile every kernel for GPUs that are not here; exit code 0 if all pass"
         )
     )
-    options, rest = parser.parse_known_args()
-    if options.command == "evaluate":  # its flags derive from a dataclass that needs the extra
-        return _training("evaluate", "panel_report").main(rest)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    match options.command:
-        case "compile-check":
-            return compile_check.main(options)
-        case "report":
-            return _training("report").main(options.run)
-        case _:
-            return _training("verify").main()
+    return parser
 
 
 def _training(command: str, module: str | None = None) -> ModuleType:

@@ -87,9 +87,9 @@ def _trial(file: str, device: torch.device) -> str | None:
     """Compile and launch the smallest case: what the compiler or the driver says if they cannot."""
     from fastdistill import ops
 
-    rows, ones = torch.zeros(1, 1, device=device), torch.ones(4, device=device)
-    one = ones[:1]
     try:
+        rows, ones = torch.zeros(1, 1, device=device), torch.ones(4, device=device)
+        one = ones[:1]
         if file == "softmax_kl":
             form = "forward_kl", 1
             _, statistics = ops.softmax_kl(rows, rows.clone(), None, one, ones, *form, False, 1, True, False, False)

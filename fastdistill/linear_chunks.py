@@ -193,10 +193,14 @@ class _Buffers(NamedTuple):
         )
 
 
+def gpu_chunk_rows(major: int) -> int:
+    """`CHUNK_ROWS` of a GPU of this major compute capability, known or not."""
+    return CHUNK_ROWS[max((known for known in CHUNK_ROWS if known <= major), default=min(CHUNK_ROWS))]
+
+
 def _chunk_rows(max_chunk_bytes: int | None, token_bytes: int, device: torch.device) -> int:
     if max_chunk_bytes is None and device.type == "cuda":
-        major = torch.cuda.get_device_capability(device)[0]
-        return CHUNK_ROWS[max((known for known in CHUNK_ROWS if known <= major), default=min(CHUNK_ROWS))]
+        return gpu_chunk_rows(torch.cuda.get_device_capability(device)[0])
     return max(1, (max_chunk_bytes or MAX_CHUNK_BYTES) // token_bytes)
 
 

@@ -80,7 +80,7 @@ def wrap(module: DistillationModule, accelerator: Accelerator, config: Config) -
     the head's weight.
     """
     if config.gradient_checkpointing:
-        _checkpoint_activations(module.student)
+        checkpoint_activations(module.student)
     if config.shard:
         for block in module.parts[0].blocks:
             fully_shard(block)
@@ -91,7 +91,7 @@ def wrap(module: DistillationModule, accelerator: Accelerator, config: Config) -
     return accelerator.prepare_model(module) if accelerator.num_processes > 1 else module
 
 
-def _checkpoint_activations(student: PreTrainedModel) -> None:
+def checkpoint_activations(student: PreTrainedModel) -> None:
     """Under the name that transformers gives it, or gave it before 5.23."""
     enable = getattr(student, "activation_checkpointing_enable", None) or student.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from fastdistill.cross_vocab import SHARED_BUFFERS, SORTED_BUFFERS
 from fastdistill.heads import MAX_CHUNK_BYTES
-from fastdistill.linear_chunks import CHUNK_ROWS
+from fastdistill.linear_chunks import gpu_chunk_rows
 from fastdistill.softmax_kl_torch import BUFFERS
 from fastdistill.training.config import Config
 from fastdistill.training.shapes import Shape, kept_bytes
@@ -118,6 +118,15 @@ def step_flops(config: Config, student: Shape, teacher: Shape | None) -> int:
     if teacher and (config.kd_weight or config.layerwise_weight):
         flops += teacher.block_flops(config.seq_len) + bool(config.kd_weight) * teacher.head_flops()
     return flops * config.batch_size * config.grad_accum * config.seq_len
+
+
+def chunk_tokens(config: Config, vocab_size: int, device: Device) -> int:
+    """How many tokens of a micro-batch `linear_softmax_kl` takes at a time, all of them counting."""
+    if device.capability is None:
+        most = max(1, MAX_CHUNK_BYTES // (BUFFERS * FLOAT32 * vocab_size))
+    else:
+        most = gpu_chunk_rows(device.capability)
+    return min(config.batch_size * config.seq_len, most)
 
 
 @dataclass(frozen=True)
@@ -279,14 +288,12 @@ class _Memory:
         teacher_vocab = self.teacher_shape.vocab_size if with_teacher else 0
         if self.device.capability is None:
             token = BUFFERS * FLOAT32 * vocab
-            tokens = max(1, MAX_CHUNK_BYTES // token)
         else:
             token = FLOAT32 * (vocab + teacher_vocab) + is_half * HALF * vocab
-            tokens = CHUNK_ROWS[self.device.capability]
         cast = vocab * self.student.width
         if self._teacher_bytes() == FLOAT32:
             cast += teacher_vocab * self.teacher_shape.width
-        return min(self._tokens(), tokens) * token, is_half * HALF * cast
+        return chunk_tokens(self.config, vocab, self.device) * token, is_half * HALF * cast
 
     def _cross_vocab_loss(self) -> tuple[int, int]:
         """The same in `linear_cross_vocab_kl`, which computes in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdistill.training.config import Config
+from fastdistill.training.config import Config, dashed
 from fastdistill.training.guard import TrainingFault
 
 
@@ -35,7 +36,7 @@ def most_allocated(run: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
     results = profiled.profiler.kineto_results if profiled.profiler else None
     assert results is not None
@@ -46,6 +47,19 @@ def most_allocated(run: Callable[[], object], device: torch.device) -> int:
             alive += event.nbytes()
             most = max(most, alive)
     return most
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the profiler's library writes past Python to standard error."""
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 @contextmanager
@@ -68,7 +82,7 @@ def rescue(save: Callable[[], None] | Literal[False], config: Config) -> Iterato
     if save:
         save()
     saved = "All that was done is saved" if save else "The latest checkpoint is where to go on"
-    flags = _way_out(config)
+    flags = as_flags(easier(config))
     less = (
         f"With {' '.join(flags)} a step is the same and needs less"
         if flags
@@ -92,9 +106,17 @@ def _what_was_asked(error: BaseException) -> str:
     return f"{size}, {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are in use"
 
 
-def _way_out(config: Config) -> list[str]:
-    """Flags with which the same steps need less memory; none where there are no such."""
+def easier(config: Config) -> dict[str, Any]:
+    """Settings with which the same steps need less memory; none where there are no such."""
     if config.batch_size > 1:
         parts = next(n for n in range(2, config.batch_size + 1) if config.batch_size % n == 0)
-        return ["--batch-size", f"{config.batch_size // parts}", "--grad-accum", f"{config.grad_accum * parts}"]
-    return [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+        return {"batch_size": config.batch_size // parts, "grad_accum": config.grad_accum * parts}
+    return {} if config.gradient_checkpointing else {"gradient_checkpointing": True}
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """As a command line has them."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{dashed(name)}"] if value is True else [f"--{dashed(name)}", str(value)]
+    return flags

@@ -57,8 +57,8 @@ PAIRS = {
 }
 
 
-def estimate_preset(name: str, device: Device) -> Estimate:
-    """`estimate` of a preset as it stands."""
+def estimate_preset(name: str, device: Device, config: Config | None = None) -> Estimate:
+    """`estimate` of a preset as it stands, or of its models with the settings of `config`."""
     pair = PAIRS[name]
-    config = Config(**PRESETS[name].settings)
+    config = config or Config(**PRESETS[name].settings)
     return estimate(config, pair.student, pair.teacher, device, two_tokenizers=pair.two_tokenizers, rows=pair.rows)

@@ -137,10 +137,12 @@ def test_each_setting_has_its_part():
 def test_a_chunk_is_as_long_as_the_device_takes_it():
     config = Config(batch_size=64, seq_len=128, packing="stream", gradient_checkpointing=True)
     vocab = LlamaConfig(**{**SMALL, "vocab_size": 50_000})
-    chunks = {device.name: of(config, device, vocab, vocab).memory["a chunk of logits"] for device in (P100, H200, CPU)}
+    devices = P100, H200, Device("a later GPU", 12, "bf16"), CPU
+    chunks = {device.name: of(config, device, vocab, vocab).memory["a chunk of logits"] for device in devices}
     assert chunks == {
         "P100": 256 * 10 * 50_000,
         "H200": 2048 * 10 * 50_000,
+        "a later GPU": 2048 * 10 * 50_000,
         "CPU": (256 << 20) // (24 * 50_000) * 24 * 50_000,
     }
 
