@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         print(report_markdown.page(shown))
         if output:
             write(output, comparison, drawn, shown)
-            print(f"Kept in {output / 'evaluation.html'}, and in evaluation.md, evaluation.json and an image beside it")
+            print(f"Kept in {output / 'evaluation.html'}, and in evaluation.md, evaluation.json and images beside it")
     except (UsageError, OSError) as error:
         print(f"fastdistill evaluate: {error}", file=sys.stderr)
         return 2
@@ -223,18 +223,24 @@ def _shown(value: float | None, form: str) -> str:
 def curves(comparison: Comparison) -> list[Plot]:
     """Loss by place, and with a teacher the KL and agreement by its entropy."""
     place = [
-        plots.Panel("loss by place", lambda axes: _draw(axes, comparison, "by_place", "loss"), "tokens read before")
+        plots.Panel(
+            "loss by place", lambda axes: _draw(axes, comparison, "by_place", "loss"), "tokens read before, from"
+        )
     ]
     if not comparison.settings.teacher:
         return [Plot("by-place", place)]
     place.append(
         plots.Panel(
-            "KL to the teacher by place", lambda axes: _draw(axes, comparison, "by_place", "kl"), "tokens read before"
+            "KL to the teacher by place",
+            lambda axes: _draw(axes, comparison, "by_place", "kl"),
+            "tokens read before, from",
         )
     )
     entropy = [
         plots.Panel(
-            title, lambda axes, field=field: _draw(axes, comparison, "by_entropy", field), "teacher's entropy, nats"
+            title,
+            lambda axes, field=field: _draw(axes, comparison, "by_entropy", field),
+            "teacher's entropy in nats, from",
         )
         for title, field in (
             ("KL to the teacher by its entropy", "kl"),
@@ -256,4 +262,5 @@ def _draw(axes: Axes, comparison: Comparison, which: str, field: str) -> None:
         )  # fmt: skip
     if which == "by_place":
         axes.set_xscale("symlog", base=4)
+        axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylabel("share" if field == "top1_agreement" else "nats a token")
