@@ -104,6 +104,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_its_count_is_resumed(run, c
     assert [r["step"] for r in log if r["event"] == "eval"] == [0, 2, 4]
     assert json.loads((whole / STAGE / "result.json").read_text())["steps"] == 4
     assert (whole / "student" / "model.safetensors").exists()
+    assert checkpoint_of(whole, 4).is_dir()
     run("stopped", stop_at=3, **flags)  # one of the two evaluations lies before it
     assert_same_run(run("stopped", resume=True), whole)
     assert run("later", **flags | {"patience_from": 5})
