@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from fastdistill import shift_targets
 from fastdistill.training import measures
-from fastdistill.training.blocks import Inputs
+from fastdistill.training.blocks import Batch, Inputs, Pairs
+from fastdistill.training.evaluate import LM
 from fastdistill.training.measures import (
     Measures,
     Retention,
@@ -17,6 +20,8 @@ from fastdistill.training.measures import (
     cross_entropy_and_retention,
     cross_vocab_retention,
 )
+from fastdistill.training.objective import DistillationModule, Teacher
+from fastdistill.training.pairing import Pairing
 
 N = 11
 
@@ -100,6 +105,40 @@ def test_two_tokenizers(shared):
     theirs = tops(log_probabilities(teacher))
     assert_retained(found, by_hand(events(student, ids[0]), events(teacher, ids[1])), ours, theirs)
     assert found.top5.sum() > 0
+
+
+def test_two_models_are_compared_at_the_positions_that_are_paired():
+    """Of models that transformers runs, at positions of different numbers."""
+    torch.manual_seed(0)
+    models = [
+        GPT2LMHeadModel(GPT2Config(vocab_size=v, n_positions=8, n_embd=16, n_layer=1, n_head=2)).eval()
+        for v in (40, 52)
+    ]
+    ids = [torch.randint(v, (2, 7)) for v in (40, 52)]
+    pairs = Pairs(*(torch.tensor(index) for index in ([0, 0, 1], [1, 4, 2], [2, 6, 5])))
+    shared = torch.arange(25), torch.arange(25)
+    pairing = Pairing((), "", shared_ids=shared, text_bytes=(torch.arange(40), torch.arange(52)))
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    batch = Batch(Inputs(ids[0], None), mask, shift_targets(ids[0]), Inputs(ids[1], None), pairs)
+    with torch.no_grad():
+        found = DistillationModule(models[0], LM, pairing=pairing).measure(batch, Teacher(models[1])(batch.teacher))
+        logits = [model(input_ids=own).logits for model, own in zip(models, ids, strict=True)]
+    by_itself = States(torch.eye(40)[:0], torch.eye(40), None)
+    expected = cross_vocab_retention(
+        by_itself._replace(hidden=logits[0][pairs.row, pairs.student]),
+        States(logits[1][pairs.row, pairs.teacher], torch.eye(52), None),
+        shared,
+    )
+    assert found.retention is not None
+    for name in Retention._fields:
+        torch.testing.assert_close(getattr(found.retention, name), getattr(expected, name))
+    assert found.compared_place is not None
+    assert found.compared_place.tolist() == [1, 4, 2]
+    loss = torch.nn.functional.cross_entropy(logits[0][:, :-1].flatten(0, 1), ids[0][:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(found.loss, loss)
+    assert found.place.tolist() == [0, 1, 2, 3, 4, 5] * 2
+    assert found.text_bytes is not None
+    assert found.text_bytes.tolist() == ids[0][:, 1:].flatten().tolist()
 
 
 def test_no_token_is_measured_as_nothing():
