@@ -11,7 +11,6 @@ half of its layers, or random. States are what blocks put out, before the final 
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from bench import kept
 from bench.machine import machine
 from fastdistill import layer_loss, linear_softmax_kl, shift_targets
 from fastdistill.training.loading import load
@@ -400,19 +400,5 @@ def draw(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
-    command, *paths = sys.argv[1:] or [""]
-    if command == "measure" and len(paths) == 1:
-        Path(paths[0]).write_text(json.dumps(measure(), indent=1) + "\n")
-    elif command == "draw" and len(paths) == 2:
-        draw(json.loads(Path(paths[0]).read_text()), Path(paths[1]))
-    elif command == "table" and len(paths) == 1:
-        print(table(json.loads(Path(paths[0]).read_text())))
-    else:
-        print(__doc__, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(kept.main(__doc__, measure=measure, table=table, draw=draw))

@@ -10,7 +10,6 @@ float32, beyond the inputs: forward KL and cross-entropy, and teacher and studen
 
 from __future__ import annotations
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 from torch import Tensor
 
+from bench import kept
 from bench.machine import machine
 from fastdistill import linear_softmax_kl, reference
 from fastdistill.softmax_kl_torch import BUFFERS
@@ -146,19 +146,12 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> int:
-    command, *paths = sys.argv[1:] or [""]
-    if command == "measure" and len(paths) == 1:
-        Path(paths[0]).write_text(json.dumps({"machine": machine(), "results": measure()}, indent=1) + "\n")
-    elif command == "draw" and len(paths) == 2:
-        draw(json.loads(Path(paths[0]).read_text())["results"], Path(paths[1]))
-    elif command == "table" and len(paths) == 1:
-        print(table(json.loads(Path(paths[0]).read_text())["results"]))
-    else:
-        print(__doc__, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(
+        kept.main(
+            __doc__,
+            measure=lambda: {"machine": machine(), "results": measure()},
+            table=lambda results: table(results["results"]),
+            draw=lambda results, path: draw(results["results"], path),
+        )
+    )

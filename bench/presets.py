@@ -10,16 +10,15 @@ bytes of all tensors alive at once, as PyTorch's profiler sees them allocated. `
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
+from bench import kept
 from bench.machine import machine
 from fastdistill.training.config import Config
 from fastdistill.training.estimate import CPU, H200, P100, T4, Device, estimate
@@ -164,17 +163,5 @@ def markdown(lines: list[list[str]], *, texts: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
-def main() -> int:
-    command, *paths = sys.argv[1:] or [""]
-    if command == "measure" and len(paths) == 1:
-        Path(paths[0]).write_text(json.dumps(measure(), indent=1) + "\n")
-    elif command == "table" and len(paths) == 1:
-        print(table(json.loads(Path(paths[0]).read_text())))
-    else:
-        print(__doc__, file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(kept.main(__doc__, measure=measure, table=table))
