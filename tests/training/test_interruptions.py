@@ -17,6 +17,7 @@ import torch
 
 from fastdistill.training import checkpoint
 from fastdistill.training.objective import DistillationModule
+from fastdistill.training.stage import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = Path("seed-0/distilled")
@@ -184,6 +185,10 @@ def test_a_best_model_that_is_damaged_is_said_and_not_kept(run, capsys):
     said = capsys.readouterr()
     assert "the best model before, of step 3, is damaged: the best from here on is kept" in said.out + said.err
     assert (stopped / STAGE / "best-00000006").is_dir()
+    results = [Result.read(folder / STAGE) for folder in (stopped, run("whole"))]
+    assert results[0] is not None
+    assert results[1] is not None
+    assert results[0].untrained == results[1].untrained
 
 
 def test_the_best_models_are_kept_that_a_kept_checkpoint_knows(run, capsys):

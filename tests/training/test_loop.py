@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fastdistill.training import engine
 from fastdistill.training.loading import load
 from fastdistill.training.objective import DistillationModule
 from fastdistill.training.student import build_student, kept_layers
@@ -65,12 +66,13 @@ def test_each_window_is_the_next_samples_of_the_text_and_all_of_them_are_read(ru
 
     monkeypatch.setattr(ShuffledWalk, "take", taken)
     monkeypatch.setattr(train_py, "collate", collated)
-    run(batch_size=2, grad_accum=3, stop_at=4, eval_steps=50)
+    run(batch_size=2, grad_accum=3, stop_at=4, eval_steps=50, packing="padded")
     run(resume=True)
     windows = [window for window in windows if len(window[1]) == 6]  # others are the sample that layers are chosen on
     assert [start for start, _, _ in windows] == [0, 6, 12, 18, 24, 30]
     for _, drawn, read in windows:
         assert sorted(read) == sorted(drawn)
+        assert [len(ids) for ids in read] == sorted(len(ids) for ids in drawn)  # rows of like length go together
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
@@ -208,6 +210,40 @@ def test_the_learning_rate_of_a_run_that_stops_early_is_that_of_the_whole(run, r
         for name, flags in (("whole", {}), ("stopped", {"stop_at": 3}))
     ]
     assert rates[1] == rates[0][:3]
+
+
+def test_every_student_begins_as_the_same_with_a_seed_of_its_own(run, train_py, records, monkeypatch):
+    set_seed, seeds = train_py.set_seed, []
+
+    def seeded(seed, **how):
+        seeds.append((seed, how))
+        set_seed(seed, **how)
+
+    monkeypatch.setattr(train_py, "set_seed", seeded)
+    folder = run(baseline=True, seeds=2, seed=3, max_steps=2)
+    begun = [records(log)[0] for log in sorted(folder.glob("seed-*/*/log.jsonl"))]
+    assert len(begun) == 4
+    assert len({(record["event"], record["step"], record["loss"]) for record in begun}) == 1
+    assert seeds == [(seed, {"device_specific": True}) for seed in (3, 3, 4, 4)]
+
+
+def test_the_last_step_is_evaluated_whatever_its_number(run, records):
+    log = records(run(max_steps=5, eval_steps=3) / STAGE / "log.jsonl")
+    assert [r["step"] for r in log if r["event"] == "eval"] == [0, 3, 5]
+
+
+def test_the_norm_that_is_logged_is_the_gradients(run, records, monkeypatch):
+    clip_gradients, norms = engine.clip_gradients, []
+
+    def clipped(*arguments):
+        norms.append(clip_gradients(*arguments))
+        return norms[-1]
+
+    monkeypatch.setattr(engine, "clip_gradients", clipped)
+    log = records(run() / STAGE / "log.jsonl")
+    logged = [r["gradient_norm"] for r in log if r["event"] == "train"]
+    assert logged == pytest.approx([norm.item() for norm in norms])
+    assert min(logged) > 0
 
 
 def test_a_run_with_a_baseline_reports_all_models_side_by_side(run):
