@@ -149,6 +149,19 @@ def test_a_scaler_changes_nothing_but_the_range():
     torch.testing.assert_close(plain.weight, scaled.weight)
 
 
+def test_a_step_has_the_rate_that_is_given_and_gradients_within_the_clip():
+    module = nn.Linear(3, 2)
+    optimizer = engine.make_optimizer(module, Config(lr=7.0))
+    engine.backward(100 * module(torch.ones(1, 3)).sum(), 1, None)
+    norm = engine.clip_gradients(module, optimizer, 0.5, None)
+    clipped = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(100 * 8**0.5)
+    assert clipped.item() == pytest.approx(0.5, rel=1e-4)
+    before = module.bias.detach().clone()
+    engine.step_if_finite(optimizer, 0.25, norm, None)
+    torch.testing.assert_close(before - module.bias.detach(), torch.full((2,), 0.25))  # Adam's first step
+
+
 def test_vectors_are_not_decayed():
     groups = engine.make_optimizer(nn.Linear(3, 2), Config(weight_decay=0.3)).param_groups
     assert [(group["weight_decay"], [p.ndim for p in group["params"]]) for group in groups] == [(0.3, [2]), (0.0, [1])]
