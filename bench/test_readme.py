@@ -39,6 +39,12 @@ def test_the_memory_law_is_that_of_the_kept_points():
         assert part in page
 
 
+def test_the_quick_start_shows_what_doctor_printed():
+    assert (ROOT / "docs" / "doctor.txt").read_text(encoding="utf-8") in (ROOT / "docs" / "quickstart.md").read_text(
+        encoding="utf-8"
+    )
+
+
 @pytest.mark.parametrize(
     "page",
     [
