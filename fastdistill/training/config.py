@@ -136,9 +136,38 @@ class Config:
         0,
         "leave out the first N positions of each document; position 0 carries activations thousands of\ntimes the rest",
     )
+    attention_weight: float = flag(0.0, "weight of --attention-loss between the attention maps of mapped blocks")
+    attention_loss: str = flag("kl", "kl: KL(teacher || student) of rows of attention; mse: squared", ("kl", "mse"))
+    head_map: str = flag(
+        "auto",
+        "which heads are compared: auto (each with its own, unlike numbers as means of groups), or pairs\n"
+        "student:teacher as 0:0,1:3",
+    )
+    attention_alignment_weight: float = flag(
+        0.0, "weight of the KL between what student's and teacher's states find among the teacher's earlier states"
+    )
+    routing_feature_weight: float = flag(
+        0.0, "weight of the distance to a mixture of the teacher's states that a router chooses for each token"
+    )
+    load_balance_weight: float = flag(0.01, "weight of the router's load balance, where there is a router")
+    routing_over: str = flag(
+        "layers",
+        "what the router chooses from: outputs of the teacher's mapped blocks, or of the experts of its last block",
+        ("layers", "experts"),
+    )
+    routing_top_k: int = flag(2, "of how many a token's mixture is at the end of the run; it begins with all")
+    contrastive_weight: float = flag(
+        0.0, "weight of InfoNCE: which of the teacher's texts is the student's, by their last mapped blocks"
+    )
+    contrastive_temperature: float = flag(0.1, "temperature of its similarities")
+    contrastive_negatives: str = flag(
+        "auto",
+        "texts of the batch on all processes, tokens of the same text, or texts where there are at least 32",
+        ("auto", "texts", "tokens"),
+    )
     layer_map: str = flag(
         "auto",
-        "which blocks' outputs the layerwise loss compares: auto (the teacher's that the student was made of,\n"
+        "which blocks are compared, by all losses between blocks: auto (the teacher's that the student was made of,\n"
         "else uniform), uniform, last, skip, or pairs student:teacher as 0:1,-1:-1 (--layer-map=-1:-1 where\n"
         "a minus comes first)",
     )
@@ -148,7 +177,21 @@ class Config:
         "a matrix that is learned beside the student, or fixed as the identity",
         ("learned", "fixed"),
     )
-    temperature: float = flag(2.0, "T of both softmaxes")
+    temperature: float = flag(2.0, "T of both softmaxes, at the start")
+    temperature_end: float | None = flag(None, "T at the last step, if --temperature-schedule is not constant")
+    temperature_schedule: str = flag("constant", "course of T over the run", ("constant", "linear", "cosine"))
+    curriculum: str = flag(
+        "none",
+        "when components begin: founding (kd and lm, at 10 % of the steps attention, attention_alignment and\n"
+        "routing_feature, at 40 % layerwise, at 70 % contrastive), or as layerwise:0.4,contrastive:0.7",
+    )
+    balance: str = flag(
+        "none",
+        "hold each component beside kd and lm at its weight times their size: that of the losses (magnitude)\n"
+        "or of their gradients",
+        ("none", "magnitude", "gradient"),
+    )
+    balance_steps: int = flag(20, "steps between measurements of gradients for --balance gradient")
     divergence: str = flag("forward_kl", "which divergence", ("forward_kl", "reverse_kl", "jsd"))
 
     log_steps: int = flag(100, "steps between log lines")
@@ -174,7 +217,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{dashed(name)} must be at least 1, got {value}")
-        for name in ("lr", "teacher_lr", "clip", "temperature", "epochs", "max_hours"):
+        for name in _ABOVE_ZERO:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"--{dashed(name)} must be greater than 0, got {value}")
@@ -194,20 +237,42 @@ class Config:
             raise UsageError("--teacher-device sharded: a teacher quantised by --teacher-bits cannot be spread")
         if not 0 < self.data_share <= 1:
             raise UsageError(f"--data-share must be in (0, 1], got {self.data_share}")
-        if self.kd_weight == self.lm_weight == self.layerwise_weight == 0:
-            raise UsageError("--kd-weight, --lm-weight and --layerwise-weight are all 0: nothing would be learned")
+        if not any(getattr(self, f"{name}_weight") for name in COMPONENTS):
+            raise UsageError("--kd-weight, --lm-weight and all other weights are 0: nothing would be learned")
+        if (self.temperature_schedule == "constant") != (self.temperature_end is None):
+            raise UsageError(
+                "--temperature-end goes with a --temperature-schedule of linear or cosine, and they with it, got "
+                f"{self.temperature_end} with {self.temperature_schedule}"
+            )
+        if self.balance != "none" and not (self.kd_weight or self.lm_weight):
+            raise UsageError(f"--balance {self.balance} measures against kd and lm, whose weights are both 0")
+        if self.balance == "gradient" and self.shard:
+            raise UsageError("--balance gradient: gradients of weights spread by --shard cannot be measured apart")
         if self.resume and self.output_dir is None:
             raise UsageError("--resume needs --output-dir, the run to go on with")
 
+    def without_teacher(self) -> Config:
+        """The same run on the text alone."""
+        weights = {f"{name}_weight": float(name == "lm") for name in COMPONENTS}
+        return dataclasses.replace(self, **weights, curriculum="none", balance="none")
+
+
+COMPONENTS = ("kd", "lm", "layerwise", "attention", "attention_alignment", "routing_feature", "contrastive")
+"""What a weight each is given for; `load_balance` comes with `routing_feature`."""
+
+_ABOVE_ZERO = (
+    "lr", "teacher_lr", "clip", "temperature", "temperature_end", "contrastive_temperature", "epochs", "max_hours",
+)  # fmt: skip
 
 _AT_LEAST_ONE = (
     "seeds", "max_steps", "stop_at", "batch_size", "grad_accum", "log_steps", "detail_steps", "eval_steps",
     "save_steps", "keep_checkpoints", "max_bad_steps", "teacher_steps", "teacher_depth", "patience",
+    "routing_top_k", "balance_steps",
 )  # fmt: skip
 
 _AT_LEAST_ZERO = (
-    "kd_weight", "lm_weight", "layerwise_weight", "layerwise_skip_first", "weight_decay", "warmup_steps", "seed",
-    "min_delta", "patience_from",
+    *(f"{name}_weight" for name in COMPONENTS), "load_balance_weight", "layerwise_skip_first", "weight_decay",
+    "warmup_steps", "seed", "min_delta", "patience_from",
 )  # fmt: skip
 
 MAY_CHANGE_ON_RESUME = {

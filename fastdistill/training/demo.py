@@ -26,7 +26,7 @@ END_OF_TEXT = "<|endoftext|>"
 def teacher_recipe(config: Config) -> Config:
     """The run that makes the teacher of `config`: cross-entropy on all of the text."""
     return dataclasses.replace(
-        config, kd_weight=0.0, layerwise_weight=0.0, lm_weight=1.0, batch_size=8, grad_accum=1, seed=0, stop_at=None,
+        config.without_teacher(), batch_size=8, grad_accum=1, seed=0, stop_at=None,
         max_steps=config.teacher_steps, lr=config.teacher_lr, eval_steps=100, log_steps=100, save_steps=100,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -37,7 +37,10 @@ def make_accelerator(config: Config) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # see precision.py, which a CPU can run too
         kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,
+                find_unused_parameters=config.curriculum != "none",  # what components have that begin later
+            ),
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # others wait while the first reads the text
         ],
     )
@@ -66,10 +69,10 @@ def describe(accelerator: Accelerator) -> str:
     return f"{ranks} processes on {accelerator.device.type}" if ranks > 1 else str(accelerator.device)
 
 
-def over_processes(values: Iterable[Tensor], accelerator: Accelerator) -> list[Tensor]:
+def over_processes(values: Mapping[str, Tensor], accelerator: Accelerator) -> dict[str, Tensor]:
     """Each scalar summed over the processes, in one message."""
-    summed: Any = accelerator.reduce(torch.stack([*values]), "sum")
-    return list(summed.unbind())
+    summed: Any = accelerator.reduce(torch.stack([*values.values()]), "sum")
+    return dict(zip(values, summed.unbind(), strict=True))
 
 
 def wrap(module: DistillationModule, accelerator: Accelerator, config: Config) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -13,13 +14,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from fastdistill.training.blocks import Blocks, collate
-from fastdistill.training.engine import over_processes
 from fastdistill.training.measures import SUMS, Measures
 from fastdistill.training.models import evaluating
-from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.objective import DistillationModule, Weights
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
+from fastdistill.training.teacher import Teacher
 
-LM = Weights(kd=0.0, lm=1.0, layerwise=0.0)
+LM = Weights(lm=1.0)
 """Of a module that is only evaluated."""
 
 
@@ -70,7 +71,7 @@ def evaluate(
     for measures, counts in measured(module, blocks, batch_size=batch_size, teacher=teacher, process=process):
         sums += measures.sums() * counts
     if accelerator:
-        sums = torch.stack(over_processes(sums, accelerator))
+        sums = cast("Tensor", accelerator.reduce(sums, "sum"))
     return summary(sums)
 
 

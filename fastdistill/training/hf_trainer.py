@@ -18,8 +18,10 @@ from fastdistill.training.blocks import IGNORED, Batch, Inputs
 from fastdistill.training.config import Config, UsageError
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.models import context_length
-from fastdistill.training.objective import DistillationModule, Losses, Teacher, TokenCounts, fed
+from fastdistill.training.objective import DistillationModule
 from fastdistill.training.pairing import ONE_TOKENIZER
+from fastdistill.training.teacher import Teacher
+from fastdistill.training.window import Counts, Losses
 
 
 class DistillationTrainer(Trainer):
@@ -109,7 +111,7 @@ class DistillationTrainer(Trainer):
                     f"{layerwise_weight} with widths {mapped.widths}: train.py learns the projection between them"
                 )
             self.teacher = Teacher(teacher)
-            self.module = DistillationModule.of(config, model, mapped, ONE_TOKENIZER)
+            self.module = DistillationModule.of(config, model, teacher, mapped, ONE_TOKENIZER)
         self.model_accepts_loss_kwargs = True  # no division by the number of micro-batches: the window's counts divide
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
@@ -138,7 +140,7 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, TokenCounts | None]:
+    ) -> tuple[list, Counts | None]:
         """The micro-batches of an optimizer step, and in place of `num_items_in_batch` what divides their losses.
 
         Trainer's own count is of labels, of which, depending on its version, the first of a row may be one; these are
@@ -149,24 +151,25 @@ class DistillationTrainer(Trainer):
         if not samples:
             return samples, None
         self._steps += 1
-        counts: Any = torch.stack(self.module.count([self._batch(inputs) for inputs in samples])).to(device)
+        counts = self.module.count([self._batch(inputs) for inputs in samples])
+        values: Any = torch.stack([*counts.values()]).to(device)
         if self.args.average_tokens_across_devices:
-            counts = self.accelerator.reduce(counts, "sum")
-        return samples, TokenCounts(*counts.unbind())
+            values = self.accelerator.reduce(values, "sum")
+        return samples, dict(zip(counts, values.unbind(), strict=True))
 
     def compute_loss(
         self,
         model: nn.Module,
         inputs: Mapping[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: TokenCounts | None = None,
+        num_items_in_batch: Counts | None = None,
     ) -> Tensor | tuple[Tensor, Losses]:
         """The batch's share of its window's loss; `num_items_in_batch` as `get_batch_samples` gives it, by default the
         counts of the batch alone. The outputs are its `Losses`.
         """
         batch = self._batch(inputs)
         counts = num_items_in_batch or self.module.count([batch])
-        states = self.teacher(batch.teacher, self.module.teacher_layers) if self.module.weights.need_teacher() else None
+        states = self.teacher(batch.teacher, self.module.of_teacher) if self.module.needs_teacher else None
         # Called through whatever wraps the student, so that DDP sees the forward pass and averages its gradients.
         with _forward_replaced(self.module.student, self.module.forward), self.accelerator.autocast():
             losses = model(batch, states, counts)
@@ -224,7 +227,7 @@ class DistillationTrainer(Trainer):
         batch = self._batch(self._prepare_inputs(inputs))
         states, base = self.teacher(batch.teacher), self.module.parts[0].base
         with self.accelerator.autocast():
-            hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
+            hidden = base(**batch.student.fed(), use_cache=False).last_hidden_state
             how = {"kl_weight": 0.0, "ce_weight": 1.0, "reduction": "none", "metrics": True}
             out = self.module.linear_loss(hidden, batch, states, **how)
         terms = [out.ce, out.kl, out.top1_agreement, (batch.targets != IGNORED).float()]

@@ -16,9 +16,10 @@ from fastdistill.training.config import Config
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.loading import DTYPES
 from fastdistill.training.memory import most_allocated
-from fastdistill.training.objective import DistillationModule, Teacher
+from fastdistill.training.objective import DistillationModule
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
 from fastdistill.training.precision import Precision
+from fastdistill.training.teacher import Teacher
 
 STEPS = 3
 """That `measure_step` runs: to make Adam's state, for the memory, and for the time."""
@@ -56,7 +57,9 @@ def measure_step(
         engine.checkpoint_activations(model)
     ids = torch.arange(min(student.vocab_size, teacher.vocab_size), device=device)
     pairing = Pairing((), "random ids", shared_ids=(ids, ids), method=config.cross_vocab)
-    module = DistillationModule.of(config, model, layer_map, pairing if two_tokenizers else ONE_TOKENIZER).to(device)
+    module = DistillationModule.of(
+        config, model, teacher_model, layer_map, pairing if two_tokenizers else ONE_TOKENIZER
+    ).to(device)
     teaches, scaler = Teacher(teacher_model.to(device)), precision.scaler()
     optimizer, batch = engine.make_optimizer(module, config), _random_batch(config, len(ids), device, two_tokenizers)
     micro_batches = min(MICRO_BATCHES, config.grad_accum)
@@ -64,7 +67,7 @@ def measure_step(
     def step() -> None:
         counts = module.count([batch] * micro_batches)
         for _ in range(micro_batches):
-            states = teaches(batch.teacher, module.teacher_layers)  # kept until the next, as in train.py
+            states = teaches(batch.teacher, module.of_teacher)  # kept until the next, as in train.py
             with precision.autocast():
                 losses = module(batch, states, counts)
             engine.backward(losses.total, 1, scaler)

@@ -1,16 +1,16 @@
-"""A causal language model as the losses need it: its base, blocks and output head, and what its blocks put out."""
+"""A causal language model as the losses need it: its base, blocks and output head."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastdistill.training.config import Config, UsageError
@@ -94,25 +94,6 @@ def check_document_masks(model: PreTrainedModel, name: str) -> None:
         raise UsageError(
             f"{type(model).__name__} sees a document in those after it ({seen:.1%} of their states), {advice}"
         )
-
-
-@contextmanager
-def captured_outputs(blocks: nn.ModuleList, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """While it lasts, the output `[B, S, D]` of each chosen block, by index, from the latest forward pass."""
-    outputs: dict[int, Tensor] = {}
-
-    def keep(index: int):
-        def hook(module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
-            outputs[index] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = [blocks[index].register_forward_hook(keep(index)) for index in indices]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from fastdistill.training.evaluate import Evaluation, perplexity
 from fastdistill.training.guard import Patience
 from fastdistill.training.memory import peak_memory
+from fastdistill.training.window import Losses
 
 LOG = "log.jsonl"
 DOMINANT_SHARE = 0.8
@@ -26,7 +28,21 @@ PROBE = 10
 """Steps after which a stage says how long it will take, and what memory."""
 
 _DIAGNOSTICS = {"layerwise_raw": "layerwise by sum/(B*S*D)"}
-"""What a number that is in no loss is called in the log."""
+"""What a number that is in no loss is called in the log, if not by its name."""
+_MEANS = ("raw", "weighted", "diagnostics")
+
+
+class Mean(NamedTuple):
+    """Of the steps that have a value."""
+
+    sum: float = 0.0
+    steps: int = 0
+
+    def with_value(self, value: float) -> Mean:
+        return Mean(self.sum + value, self.steps + 1)
+
+    def value(self) -> float:
+        return self.sum / self.steps
 
 
 class Monitor:
@@ -50,8 +66,10 @@ class Monitor:
         process: Any = PartialState()
         self.device, self.writes = process.device, process.is_main_process
         state = state or {}
-        self.sums: dict[str, float] = state.get("sums", dict.fromkeys((*weights, "total"), 0.0))
-        self.diagnostics: dict[str, float] = state.get("diagnostics", {})
+        self.raw, self.weighted, self.diagnostics = (
+            {name: Mean(*stored) for name, stored in state.get(kind, {}).items()} for kind in _MEANS
+        )
+        self.total: float = state.get("total", 0.0)
         self.seconds: dict[str, float] = state.get("seconds", {})
         self.steps, self.tokens = state.get("steps", 0), state.get("tokens", 0)
         self.untrained_loss: float | None = state.get("untrained_loss")
@@ -77,25 +95,22 @@ class Monitor:
 
     def add(
         self,
-        raw: dict[str, float],
-        total: float,
+        losses: Losses[float],
         *,
-        diagnostics: dict[str, float],
         tokens: int,
         learning_rate: float,
         gradient_norm: float,
     ) -> None:
-        """One optimizer step: each component unweighted, the weighted total, what is in neither, and how many tokens
-        were predicted.
-        """
+        """One optimizer step, of the components that counted at it; and how many tokens were predicted."""
         self.learning_rate, self.gradient_norm = learning_rate, gradient_norm
-        for name, value in (raw | {"total": total}).items():
-            self.sums[name] += value
-        for name, value in diagnostics.items():
-            self.diagnostics[name] = self.diagnostics.get(name, 0.0) + value
+        for kind in _MEANS:
+            means = getattr(self, kind)
+            for name, value in getattr(losses, kind).items():
+                means[name] = means.get(name, Mean()).with_value(value)
+        self.total += losses.total
         self.steps += 1
         self.tokens += tokens
-        self.bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+        self.bar.set_postfix(loss=f"{losses.total:.3f}", refresh=False)
         self.bar.update()
         if len(self.times) <= PROBE:
             self.times.append(time.monotonic())
@@ -119,12 +134,13 @@ class Monitor:
     def log(self, step: int, *, skipped: int, detailed: bool) -> None:
         """A line, or in detail the founding document's block, for the steps since the last one."""
         peak = peak_memory(self.device)
-        raw = {name: value / self.steps for name, value in self.sums.items()}
-        total = raw.pop("total")
-        weighted = {name: self.weights[name] * value for name, value in raw.items()}
+        total = self.total / self.steps
+        # A component that came in since the last line counts with 0 in the steps before.
+        weighted = {name: mean.sum / self.steps for name, mean in self.weighted.items()}
+        raw, diagnostics = ({n: mean.value() for n, mean in of.items()} for of in (self.raw, self.diagnostics))
+        weights = {name: self.weight(name, weighted[name], raw[name]) for name in raw}
         if abs(sum(weighted.values()) - total) > 1e-4 * max(1.0, abs(total)):
             raise AssertionError(f"components {weighted} sum to {sum(weighted.values())}, and the total is {total}")
-        diagnostics = {name: value / self.steps for name, value in self.diagnostics.items()}
         shares = {name: value / total if total else 0.0 for name, value in weighted.items()}
         rate = self.tokens / sum(self.seconds.values())
         self.write(
@@ -134,7 +150,7 @@ class Monitor:
             components={
                 name: {
                     "raw": raw[name],
-                    "weight": self.weights[name],
+                    "weight": weights[name],
                     "weighted": weighted[name],
                     "share": shares[name],
                 }
@@ -155,7 +171,8 @@ class Monitor:
             by_size = sorted(weighted, key=lambda name: -weighted[name])
             lines += [f"  {name}_loss: {weighted[name]:.2f} ({shares[name]:.0%})" for name in by_size]
             lines += [
-                f"[Raw] {_DIAGNOSTICS[name]}: {value:.4g}, not in the loss" for name, value in diagnostics.items()
+                f"[Raw] {_DIAGNOSTICS.get(name, name)}: {value:.4g}, not in the loss"
+                for name, value in diagnostics.items()
             ]
             whole = sum(self.seconds.values())
             split = ", ".join(f"{phase} {value / whole:.0%}" for phase, value in self.seconds.items())
@@ -175,8 +192,16 @@ class Monitor:
             if len(shares) > 1 and share > DOMINANT_SHARE and name not in self.warned:
                 self.warned.add(name)
                 self.warn(step, f"{name}_loss is {share:.0%} of the total, above {DOMINANT_SHARE:.0%}")
-        self.sums, self.diagnostics, self.seconds = dict.fromkeys(self.sums, 0.0), {}, {}
-        self.steps = self.tokens = 0
+        self.raw, self.weighted, self.diagnostics, self.seconds = {}, {}, {}, {}
+        self.steps, self.tokens, self.total = 0, 0, 0.0
+
+    def weight(self, name: str, weighted: float, raw: float) -> float:
+        """What a component was multiplied by in the mean: less than its weight if it came in since the last line, or
+        another if it is balanced.
+        """
+        constant = self.weights[name]
+        applied = weighted / raw if raw else constant
+        return constant if math.isclose(applied, constant, rel_tol=1e-5) else applied
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Held-out loss; `ppl` is exp of the loss as printed."""
@@ -223,8 +248,8 @@ class Monitor:
     def state(self) -> dict[str, Any]:
         """What has gathered since the last line, so that a resumed run logs the same."""
         return {
-            "sums": self.sums,
-            "diagnostics": self.diagnostics,
+            **{kind: getattr(self, kind) for kind in _MEANS},
+            "total": self.total,
             "steps": self.steps,
             "tokens": self.tokens,
             "seconds": self.seconds,

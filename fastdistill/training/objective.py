@@ -1,21 +1,28 @@
-"""What is minimised: the student and its losses as one module, and the teacher that it learns from."""
+"""What is minimised: the student and its losses as one module."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial, reduce
+from operator import or_
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from fastdistill import linear_cross_vocab_kl, linear_softmax_kl
 from fastdistill.outputs import CrossVocabOutput, LossOutput
-from fastdistill.training.blocks import IGNORED, Batch, Inputs
+from fastdistill.training.attention import AttentionLoss
+from fastdistill.training.attention_alignment import AttentionAlignmentLoss
+from fastdistill.training.balance import Balancer, gradient_norms
+from fastdistill.training.blocks import IGNORED, Batch
+from fastdistill.training.capture import Wanted, capturing, first_input
 from fastdistill.training.clock import Clock
+from fastdistill.training.component import Component
 from fastdistill.training.config import Config
+from fastdistill.training.curriculum import Curriculum
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.measures import (
@@ -25,94 +32,33 @@ from fastdistill.training.measures import (
     cross_entropy_and_retention,
     cross_vocab_retention,
 )
-from fastdistill.training.models import captured_outputs, parts
+from fastdistill.training.models import parts
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
-
-
-class TeacherStates(NamedTuple):
-    """What the losses need of the teacher for one batch: what its head takes, the head, and mapped block outputs."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    layers: list[Tensor]
-
-
-class Teacher:
-    """A frozen model. It never learns, drops nothing out and makes no logits.
-
-    It computes where it is and in its own dtype; what it hands out is on `device`, the student's.
-    """
-
-    def __init__(self, model: PreTrainedModel, device: torch.device | None = None, *, shard: bool = False):
-        """With `shard` each process holds a part of each block, and gathers one block at a time."""
-        self.model = model.eval().requires_grad_(False)
-        self.parts = parts(model)
-        self.device = device or model.device
-        if shard:
-            for block in self.parts.blocks:
-                fully_shard(block, reshard_after_forward=True)  # each is a root, which by itself stays gathered
-            nn.Module.to(model, self.device)
-        head = self.parts.head
-        self.weight = head.weight.to(self.device)
-        self.bias = None if head.bias is None else head.bias.to(self.device)
-
-    @torch.no_grad()
-    def __call__(self, inputs: Inputs, layers: Sequence[int] = ()) -> TeacherStates:
-        """States for `[B, S]` ids of the teacher's own tokenizer; `layers` are block numbers."""
-        arguments = {name: value.to(self.model.device) for name, value in fed(inputs).items()}
-        with captured_outputs(self.parts.blocks, layers) as outputs:
-            hidden = self.parts.base(**arguments, use_cache=False).last_hidden_state
-        states = [outputs[i].to(self.device) for i in layers]
-        return TeacherStates(hidden.to(self.device), self.weight, self.bias, states)
-
-
-def fed(inputs: Inputs) -> dict[str, Tensor]:
-    """The arguments with which a base model reads `inputs`.
-
-    Padding on the right needs no mask; positions that begin anew tell transformers where documents part.
-    """
-    return {name: value for name, value in inputs._asdict().items() if value is not None}
+from fastdistill.training.schedule import course
+from fastdistill.training.teacher import TeacherStates
+from fastdistill.training.window import Counts, Losses
 
 
 @dataclass(frozen=True)
 class Weights:
     """Weight of each component in the total; one of weight 0 is not built."""
 
-    kd: float
-    lm: float
-    layerwise: float
+    kd: float = 0.0
+    lm: float = 0.0
+    layerwise: float = 0.0
+    attention: float = 0.0
+    attention_alignment: float = 0.0
+    routing_feature: float = 0.0
+    load_balance: float = 0.0
+    contrastive: float = 0.0
 
     @classmethod
     def of(cls, config: Config) -> Weights:
-        return cls(config.kd_weight, config.lm_weight, config.layerwise_weight)
-
-    def need_teacher(self) -> bool:
-        return bool(self.kd or self.layerwise)
+        weights = cls(**{f.name: getattr(config, f"{f.name}_weight") for f in fields(cls)})
+        return weights if weights.routing_feature else replace(weights, load_balance=0.0)
 
     def active(self) -> dict[str, float]:
         return {name: weight for name, weight in vars(self).items() if weight != 0}
-
-
-class TokenCounts(NamedTuple):
-    """Divisors of one whole accumulation window: tokens predicted, tokens compared with the teacher, and tokens whose
-    states are compared.
-    """
-
-    targets: Tensor
-    compared: Tensor
-    states: Tensor
-
-
-class Losses(NamedTuple):
-    """One micro-batch's share of the window's loss: the total, differentiable, and each component unweighted.
-
-    `diagnostics` are numbers of this micro-batch alone that are to be seen and are in no loss.
-    """
-
-    total: Tensor
-    raw: dict[str, Tensor]
-    diagnostics: dict[str, Tensor]
 
 
 class DistillationModule(nn.Module):
@@ -127,93 +73,154 @@ class DistillationModule(nn.Module):
         student: PreTrainedModel,
         weights: Weights,
         *,
-        temperature: float = 1.0,
+        temperature: float | Callable[[float], float] = 1.0,
         divergence: str = "forward_kl",
-        layerwise: LayerwiseLoss | None = None,
+        components: Iterable[Component] = (),
+        curriculum: Curriculum | None = None,
+        balancer: Balancer | None = None,
         pairing: Pairing = ONE_TOKENIZER,
         drop_masked: bool = True,
     ):
-        """`drop_masked` leaves positions that predict nothing out of the output heads' products; a GPU is waited for
+        """`components` are those beside `kd` and `lm` that have a weight; `temperature` may be a function of progress,
+        from 0 at the first optimizer step to 1 at the last, and is then as at its beginning until `begin`.
+
+        `drop_masked` leaves positions that predict nothing out of the output heads' products; a GPU is waited for
         to know how many there are.
         """
         super().__init__()
-        if bool(weights.layerwise) != (layerwise is not None):
-            raise ValueError(
-                f"layerwise must be given where its weight is not 0 and only there, got {layerwise} with {weights}"
-            )
+        self.components = nn.ModuleDict({component.name: component for component in components})
+        weighted = weights.active().keys() - {"kd", "lm", "load_balance"}
+        if weighted != self.components.keys():
+            raise ValueError(f"components must be those with a weight, {weighted}, got {set(self.components)}")
         self.student, self.weights, self.pairing = student, weights, pairing
-        self.temperature, self.divergence, self.layerwise = temperature, divergence, layerwise
+        self.course, self.divergence, self.drop_masked = temperature, divergence, drop_masked
+        self.temperature = temperature(0.0) if callable(temperature) else temperature
+        self.curriculum, self.balancer = curriculum, balancer
+        self.active, self.measures_gradients = frozenset(weights.active()), False
         self.parts = [parts(student)]  # in a list: not registered a second time
-        self.drop_masked = drop_masked
         self.clock: Clock | None = None
 
     @classmethod
-    def of(cls, config: Config, student: PreTrainedModel, layer_map: LayerMap, pairing: Pairing) -> DistillationModule:
-        how = {"temperature": config.temperature, "divergence": config.divergence}
-        layerwise = LayerwiseLoss.of(config, layer_map) if config.layerwise_weight else None
-        many_masked = config.packing == "padded"
-        return cls(student, Weights.of(config), **how, layerwise=layerwise, pairing=pairing, drop_masked=many_masked)
+    def of(
+        cls, config: Config, student: PreTrainedModel, teacher: PreTrainedModel, layer_map: LayerMap, pairing: Pairing
+    ) -> DistillationModule:
+        weights = Weights.of(config)
+        build: dict[str, Callable[[], Component]] = {
+            "layerwise": lambda: LayerwiseLoss.of(config, layer_map),
+            "attention": lambda: AttentionLoss.of(config, student, teacher, layer_map),
+            "attention_alignment": lambda: AttentionAlignmentLoss.of(config, teacher, layer_map),
+        }
+        components = [make() for name, make in build.items() if name in weights.active()]
+        last = config.temperature if config.temperature_end is None else config.temperature_end
+        return cls(
+            student,
+            weights,
+            temperature=partial(course, first=config.temperature, last=last, shape=config.temperature_schedule),
+            divergence=config.divergence,
+            components=components,
+            curriculum=Curriculum(config.curriculum, weights.active()),
+            balancer=Balancer.of(config, [component.name for component in components]),
+            pairing=pairing,
+            drop_masked=config.packing == "padded",
+        )
+
+    def begin(self, step: int, total_steps: int) -> None:
+        """Set what an optimizer step is to know of its number, `step`, 0-based: temperature, curriculum, schedules."""
+        before, progress = self.active, step / max(1, total_steps - 1)
+        if callable(self.course):
+            self.temperature = self.course(progress)
+        if self.curriculum:
+            self.active = self.curriculum.active(step, total_steps)
+        for component in self._built():
+            component.begin(progress)
+        self.measures_gradients = bool(self.balancer and self.balancer.measures(step, self.active != before))
+
+    def balance(self, losses: Losses[Tensor]) -> None:
+        """Take in the numbers of a whole window: if weights are balanced, those of the next follow from them."""
+        if self.balancer:
+            self.balancer.update(losses)
 
     @property
-    def teacher_layers(self) -> list[int]:
-        """Teacher blocks whose outputs `forward` wants."""
-        return self.layerwise.teacher_blocks if self.layerwise else []
+    def needs_teacher(self) -> bool:
+        return bool(self.active - {"lm"})
 
-    def forward(self, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts) -> Losses:
-        """Losses of `batch`, each token-wise sum divided by the window's own count."""
-        base, blocks = self.parts[0].base, self.parts[0].blocks
-        with captured_outputs(blocks, self.layerwise.student_blocks if self.layerwise else []) as outputs:
-            hidden = base(**fed(batch.student), use_cache=False).last_hidden_state
+    def _built(self) -> list[Component]:
+        """Components that count at this step."""
+        return [cast("Component", built) for name, built in self.components.items() if name in self.active]
+
+    def _weight(self, name: str) -> float | Tensor:
+        """What multiplies a component at this step."""
+        if name not in self.active:
+            return 0.0
+        return getattr(self.weights, name) * (self.balancer.factor(name) if self.balancer else 1.0)
+
+    @property
+    def of_teacher(self) -> Wanted:
+        """What `forward` wants of the teacher beside what its head takes."""
+        return reduce(or_, (component.of_teacher for component in self._built()), Wanted())
+
+    def forward(self, batch: Batch, teacher: TeacherStates | None, counts: Counts) -> Losses:
+        """Losses of `batch`: sums over tokens are divided by the window's counts, means of it by its micro-batches."""
+        base, blocks, built = self.parts[0].base, self.parts[0].blocks, self._built()
+        of_student = reduce(or_, (component.of_student for component in built), Wanted())
+        with capturing(blocks, of_student) as captured, first_input(blocks) as embedded:
+            hidden = base(**batch.student.fed(), use_cache=False).last_hidden_state
         if self.clock:
             self.clock.mark("student")
 
         total, raw = self._softmax_losses(hidden, batch, teacher, counts)
-        diagnostics = {}
-        if self.layerwise:
+        weighted, sources, diagnostics = {n: self._weight(n) * loss for n, loss in raw.items()}, {"main": total}, {}
+        for component in built:
             assert teacher is not None
-            layerwise, founding = self.layerwise(outputs, teacher.layers, batch, counts.states)
-            total = total + self.weights.layerwise * layerwise
-            raw["layerwise"], diagnostics["layerwise_raw"] = layerwise.detach(), founding
+            terms = component(captured, teacher.captured, batch, counts)
+            for name, loss in terms.losses.items():
+                raw[name], weighted[name] = loss.detach(), self._weight(name) * loss
+                total = total + weighted[name]
+            sources[component.name] = terms.losses[component.name]
+            diagnostics |= terms.diagnostics
+        if self.measures_gradients:
+            diagnostics |= gradient_norms(sources, embedded[0])
         if self.clock:
             self.clock.mark("loss")
-        return Losses(total, raw, diagnostics)
+        return Losses(total, raw, {name: loss.detach() for name, loss in weighted.items()}, diagnostics)
 
     def _softmax_losses(
-        self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, counts: TokenCounts
+        self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, counts: Counts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What is made of the output heads: the weighted sum of `kd` and `lm`, and each unweighted."""
-        weights, how = self.weights, {"temperature": self.temperature, "divergence": self.divergence}
+        kd, lm = self._weight("kd"), self._weight("lm")
+        how = {"temperature": self.temperature, "divergence": self.divergence}
         total, raw = hidden.new_zeros((), dtype=torch.float32), {}
-        fused = teacher if weights.kd and self.pairing.is_one else None
-        if fused or weights.lm:
+        fused = teacher if kd and self.pairing.is_one else None
+        if fused or lm:
             out = self.linear_loss(
                 hidden,
                 batch,
                 fused,
                 **how,
-                kl_weight=weights.kd if fused else 0.0,
-                ce_weight=weights.lm,
-                num_tokens=counts.targets,
+                kl_weight=kd if fused else 0.0,
+                ce_weight=lm,
+                num_tokens=counts["lm"],
                 drop_masked=self.drop_masked or not hidden.is_cuda,
             )
             total = out.loss
             if out.kl is not None:
                 raw["kd"] = self.temperature**2 * out.kl
-            if weights.lm and out.ce is not None:
+            if lm and out.ce is not None:
                 raw["lm"] = out.ce
-        if weights.kd and not fused:
+        if kd and not fused:
             assert teacher is not None
             crossed = self._cross_vocab_loss(
-                hidden, batch, teacher, **how, method=self.pairing.method, num_tokens=counts.compared
+                hidden, batch, teacher, **how, method=self.pairing.method, num_tokens=counts["kd"]
             )
-            total = total + weights.kd * crossed.loss
+            total = total + kd * crossed.loss
             raw["kd"] = crossed.loss.detach()
         return total, raw
 
     def measure(self, batch: Batch, teacher: TeacherStates | None) -> Measures:
         """What is evaluated; like `forward` it may touch the student's base and head."""
         head = self.parts[0].head
-        hidden = self.parts[0].base(**fed(batch.student), use_cache=False).last_hidden_state
+        hidden = self.parts[0].base(**batch.student.fed(), use_cache=False).last_hidden_state
         predicted = (batch.targets != IGNORED).nonzero(as_tuple=True)
         targets, places = batch.targets[predicted], batch.student.places()
         student, retained, compared = States(hidden[predicted], head.weight, head.bias), None, predicted
@@ -270,11 +277,13 @@ class DistillationModule(nn.Module):
             **how,
         )
 
-    def count(self, batches: Sequence[Batch]) -> TokenCounts:
-        """Divisors of a window of micro-batches."""
+    def count(self, batches: Sequence[Batch]) -> Counts:
+        """What divides the sums of a window of micro-batches."""
         targets = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
-        states = torch.zeros_like(targets)
-        if self.layerwise:
-            states = torch.stack([self.layerwise.compared(batch).sum() for batch in batches]).sum()
         pairs = [len(batch.pairs.row) for batch in batches if batch.pairs is not None]
-        return TokenCounts(targets, torch.full_like(targets, sum(pairs)) if pairs else targets, states)
+        counts = {"lm": targets, "kd": torch.full_like(targets, sum(pairs)) if pairs else targets}
+        for component in self._built():
+            tokens = [counted for batch in batches if (counted := component.count(batch)) is not None]
+            if tokens:
+                counts[component.name] = torch.stack(tokens).sum()
+        return counts | {"micro_batches": torch.full_like(targets, len(batches))}

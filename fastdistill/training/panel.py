@@ -20,9 +20,10 @@ from fastdistill.training.harness import task_scores
 from fastdistill.training.loading import load
 from fastdistill.training.measures import Retention
 from fastdistill.training.models import check_document_masks, context_length
-from fastdistill.training.objective import DistillationModule, Teacher
+from fastdistill.training.objective import DistillationModule
 from fastdistill.training.pairing import Pairing, describe, pair, text_bytes
 from fastdistill.training.sources import open_sources
+from fastdistill.training.teacher import Teacher
 
 PLACES = (0, 1, 4, 16, 64, 256, 1024, 4096, math.inf)
 """Edges of buckets by how many tokens of the document, or of the row, were read before the last one."""

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the optimizer step, so that a resumed run has nothing to restore."""
+"""What changes with the optimizer step, as pure functions of it, so that a resumed run has nothing to restore."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     fall = 1 - progress if shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return peak * fall
+
+
+def course(progress: float, first: float, last: float, shape: str) -> float:
+    """Value at `progress`, 0 to 1, on the way from `first` to `last`: "linear", "cosine", or "constant", at `first`."""
+    if shape == "constant":
+        return first
+    done = progress if shape == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+    return first + (last - first) * done

@@ -11,9 +11,10 @@ from fastdistill.training.averaged import AveragedWeights
 from fastdistill.training.blocks import Block, Blocks, collate, cut
 from fastdistill.training.config import Config
 from fastdistill.training.layer_map import LayerMap
-from fastdistill.training.objective import DistillationModule, Teacher
+from fastdistill.training.objective import DistillationModule
 from fastdistill.training.pairing import ONE_TOKENIZER
 from fastdistill.training.schedule import learning_rate
+from fastdistill.training.teacher import Teacher
 from fastdistill.training.tokens import Tokens
 from fastdistill.training.walk import ShuffledWalk
 
@@ -43,7 +44,7 @@ class Run:
         student = small_model(STUDENT_BLOCKS, dropout)
         layer_map = LayerMap.between(recipe.layer_map, student, teacher, None)
         self.teacher = Teacher(teacher)
-        self.module = DistillationModule.of(recipe, student.train(), layer_map, ONE_TOKENIZER)
+        self.module = DistillationModule.of(recipe, student.train(), teacher, layer_map, ONE_TOKENIZER)
         self.optimizer = engine.make_optimizer(self.module, recipe)
         self.averaged = AveragedWeights(self.module, recipe.ema_decay)
         self.trained = checkpoint.Trained(self.module, self.optimizer, self.averaged, None)
@@ -60,7 +61,7 @@ class Run:
         batches = [collate(rows[i : i + size], CPU) for i in range(0, len(rows), size)]
         counts, loss = self.module.count(batches), 0.0
         for batch in batches:
-            losses = self.module(batch, self.teacher(batch.teacher, self.module.teacher_layers), counts)
+            losses = self.module(batch, self.teacher(batch.teacher, self.module.of_teacher), counts)
             engine.backward(losses.total, 1, None)
             loss += losses.total.item()
         return loss

@@ -23,9 +23,7 @@ from fastdistill.training.blocks import collate
 from fastdistill.training.config import Config
 from fastdistill.training.evaluate import evaluate, perplexity
 from fastdistill.training.guard import BadStepGuard, MovementGuard, TrainingFault
-from fastdistill.training.layer_map import LayerMap
-from fastdistill.training.objective import DistillationModule
-from fastdistill.training.pairing import ONE_TOKENIZER
+from fastdistill.training.objective import DistillationModule, Weights
 from fastdistill.training.verify_numbers import difference, equal, refused, true
 from fastdistill.training.verify_run import CPU, DOCUMENTS, LENGTHS, RECIPE, VOCAB, WEIGHTS, Run, small_model
 
@@ -50,7 +48,7 @@ def code_structure() -> list[str]:
     """The parts fit together: what the module minimises is what its weights say, of models that transformers runs."""
     run = Run()
     batch = collate([run.walk.blocks[i] for i in range(len(DOCUMENTS))], CPU)
-    losses = run.module(batch, run.teacher(batch.teacher, run.module.teacher_layers), run.module.count([batch]))
+    losses = run.module(batch, run.teacher(batch.teacher, run.module.of_teacher), run.module.count([batch]))
     losses.total.backward()
     student, teacher = (copy.deepcopy(model).double().eval() for model in (run.module.student, run.teacher.model))
     expected = _by_hand(student, teacher)
@@ -67,9 +65,7 @@ def code_structure() -> list[str]:
         equal("the total, of documents one by one:", losses.total.item(), total.item()),
         true(f"gradient of {len(truth)} parameters, {away:.0e} away", away <= 1e-5),
     ]
-    alone = DistillationModule.of(
-        Config(kd_weight=1.0, lm_weight=0.0), small_model(1), LayerMap((), "none", 1, (32, 32)), ONE_TOKENIZER
-    )
+    alone = DistillationModule(small_model(1), Weights.of(Config(kd_weight=1.0, lm_weight=0.0)))
     raw = alone(batch, run.teacher(batch.teacher), alone.count([batch])).raw
     seen.append(true(f"components with a weight, of kd 1 and lm 0: {[*raw]} = ['kd']", [*raw] == ["kd"]))
 

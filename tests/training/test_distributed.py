@@ -21,10 +21,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from fastdistill import linear_chunks
 from fastdistill.training.blocks import Batch, collate, cut
+from fastdistill.training.capture import Wanted
 from fastdistill.training.hf_trainer import DistillationTrainer
 from fastdistill.training.layerwise import LayerwiseLoss
-from fastdistill.training.objective import DistillationModule, Teacher, TokenCounts, Weights
+from fastdistill.training.objective import DistillationModule, Weights
+from fastdistill.training.teacher import Teacher
 from fastdistill.training.tokens import Tokens
+from fastdistill.training.window import Counts
 
 RANKS = 2
 LAYER_MAP = [(0, 1), (1, 3)]
@@ -42,7 +45,7 @@ def model(layers: int, width: int, seed: int) -> GPT2LMHeadModel:
 
 def module_and_teacher() -> tuple[DistillationModule, Teacher]:
     layerwise = LayerwiseLoss(LAYER_MAP, widths=(16, 24))
-    module = DistillationModule(model(2, 16, seed=0), Weights(kd=0.5, lm=0.5, layerwise=0.5), layerwise=layerwise)
+    module = DistillationModule(model(2, 16, seed=0), Weights(kd=0.5, lm=0.5, layerwise=0.5), components=[layerwise])
     return module, Teacher(model(4, 24, seed=1))
 
 
@@ -54,12 +57,10 @@ def batches() -> list[Batch]:
     return [collate([blocks[2 * rank], blocks[2 * rank + 1]], torch.device("cpu")) for rank in range(RANKS)]
 
 
-def add_gradients(
-    forward: Callable[..., Any], teacher: Teacher, of: list[Batch], counts: TokenCounts, share: int
-) -> None:
+def add_gradients(forward: Callable[..., Any], teacher: Teacher, of: list[Batch], counts: Counts, share: int) -> None:
     """Backward of batches `of`; where processes are averaged, `share` of them make up for it."""
     for batch in of:
-        losses = forward(batch, teacher(batch.teacher, [1, 3]), counts)
+        losses = forward(batch, teacher(batch.teacher, Wanted(outputs=frozenset({1, 3}))), counts)
         (losses.total * share).backward()
 
 

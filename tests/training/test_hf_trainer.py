@@ -22,8 +22,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastdistill.training.capture import Wanted, capturing
 from fastdistill.training.hf_trainer import DistillationTrainer
-from fastdistill.training.models import captured_outputs, parts
+from fastdistill.training.models import parts
 from fastdistill.training.objective import Losses
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -117,8 +118,8 @@ def by_hand(student: PreTrainedModel, teacher: PreTrainedModel, some: list[dict[
         ids = row["input_ids"][None]
         seen = []
         for model, blocks in ((student, [0, 1]), (teacher, [1, 3])):
-            with captured_outputs(parts(model).blocks, blocks) as outputs:
-                seen.append((model(input_ids=ids).logits[0, :-1], [outputs[block][0] for block in blocks]))
+            with capturing(parts(model).blocks, Wanted(outputs=frozenset(blocks))) as captured:
+                seen.append((model(input_ids=ids).logits[0, :-1], [captured.outputs[block][0] for block in blocks]))
         (s_logits, s_states), (t_logits, t_states) = seen
         counted = row["labels"][1:] != -100
         log_s, log_t = ((logits[counted] / 3).log_softmax(-1) for logits in (s_logits, t_logits))
@@ -331,7 +332,7 @@ def test_bf16_is_the_precision_of_the_students_forward_pass_alone(tmp_path):
     ("given", "message"),
     [
         ({"kd_weight": -1.0}, "kd_weight must be at least 0, got -1.0"),
-        ({"kd_weight": 0.0, "lm_weight": 0.0}, "kd_weight, lm_weight and layerwise_weight are all 0"),
+        ({"kd_weight": 0.0, "lm_weight": 0.0}, "kd_weight, lm_weight and all other weights are 0"),
         ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
         ({"divergence": "kl"}, "divergence must be one of forward_kl, reverse_kl, jsd, got 'kl'"),
         ({"layerwise_loss": "l1"}, "layerwise_loss must be one of .*, got 'l1'"),

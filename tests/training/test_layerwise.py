@@ -14,10 +14,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fastdistill import layer_loss
 from fastdistill.training import layerwise
 from fastdistill.training.blocks import Batch, Blocks, Inputs, Pairs, collate, cut
+from fastdistill.training.capture import Wanted
 from fastdistill.training.config import Config
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.layerwise import LayerwiseLoss
-from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.objective import DistillationModule, Weights
+from fastdistill.training.teacher import Teacher
 from fastdistill.training.tokens import Tokens
 
 CPU = torch.device("cpu")
@@ -48,7 +50,7 @@ def batch_of(blocks: Blocks) -> Batch:
 
 
 def loss_alone(student: GPT2LMHeadModel, layerwise: LayerwiseLoss) -> DistillationModule:
-    return DistillationModule(student, Weights(kd=0, lm=0, layerwise=1), layerwise=layerwise)
+    return DistillationModule(student, Weights(kd=0, lm=0, layerwise=1), components=[layerwise])
 
 
 def outputs_of(model: GPT2LMHeadModel, batch: Batch) -> list[Tensor]:
@@ -66,12 +68,17 @@ def outputs_of(model: GPT2LMHeadModel, batch: Batch) -> list[Tensor]:
     return outputs
 
 
+def seen(model: Teacher, inputs: Inputs, blocks: list[int]) -> list[Tensor]:
+    outputs = model(inputs, Wanted(outputs=frozenset(blocks))).captured.outputs
+    return [outputs[block] for block in blocks]
+
+
 @pytest.mark.parametrize("width", [8, 24], ids=["narrower", "wider"])
 @pytest.mark.parametrize("kind", ["learned", "fixed"])
 def test_the_projected_loss_is_its_definition_and_reaches_what_learns(teacher, width, kind):
     student, batch = model(2, width, seed=0), batch_of(blocks("padded"))
-    module = loss_alone(student, LayerwiseLoss(PAIRS, widths=(width, 16), projection=kind))
-    total = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch])).total
+    module = loss_alone(student, LayerwiseLoss(PAIRS, widths=(width, 16), projected=kind))
+    total = module(batch, teacher(batch.teacher, module.of_teacher), module.count([batch])).total
 
     theirs, ours = outputs_of(teacher.model, batch), outputs_of(student, batch)
     projections = [torch.eye(16, width, requires_grad=True) for _ in PAIRS]
@@ -85,7 +92,7 @@ def test_the_projected_loss_is_its_definition_and_reaches_what_learns(teacher, w
     total.backward()
     learned = dict(module.named_parameters())
     assert sum("projection" in name for name in learned) == len(PAIRS)
-    by_hand = {f"layerwise.projections.{i}.weight": projection for i, projection in enumerate(projections)}
+    by_hand = {f"components.layerwise.projections.{i}.weight": projection for i, projection in enumerate(projections)}
     by_hand |= {f"student.{name}": parameter for name, parameter in student.named_parameters()}
     wanted = torch.autograd.grad(expected, list(by_hand.values()), allow_unused=True)
     for name, gradient in zip(by_hand, wanted, strict=True):
@@ -106,8 +113,8 @@ def test_under_autocast_the_loss_takes_what_the_projection_puts_out(teacher, hal
         projection.register_forward_hook(lambda module, inputs, output: made.append(output))
     module, half_teacher = loss_alone(model(2, 8, seed=0), loss), Teacher(copy.deepcopy(teacher.model).to(half))
     counts = module.count([batch])
-    exact = module(batch, teacher(batch.teacher, [1, 3]), counts).total
-    for states in (teacher(batch.teacher, [1, 3]), half_teacher(batch.teacher, [1, 3])):
+    exact = module(batch, teacher(batch.teacher, module.of_teacher), counts).total
+    for states in (teacher(batch.teacher, module.of_teacher), half_teacher(batch.teacher, module.of_teacher)):
         made.clear()
         taken.clear()
         loss.zero_grad()
@@ -131,7 +138,7 @@ def test_states_of_one_width_are_not_projected():
 def test_a_configuration_is_followed():
     config = Config(layerwise_loss="cosine", layerwise_skip_first=3, projection="fixed")
     layerwise = LayerwiseLoss.of(config, LayerMap(((0, 2), (1, 1)), "0:2,1:1", 4, (8, 16)))
-    assert (layerwise.student_blocks, layerwise.teacher_blocks) == ([0, 1], [2, 1])
+    assert layerwise.pairs == ((0, 2), (1, 1))
     assert (layerwise.form, layerwise.skip_first) == ("cosine", 3)
     assert [(p.shape, p.requires_grad) for p in layerwise.parameters()] == [((16, 8), False)] * 2
 
@@ -153,7 +160,7 @@ FORMS = {
 def test_each_form_is_its_definition(teacher, form):
     student, batch = model(2, 16, seed=0), batch_of(blocks("padded"))
     module = loss_alone(student, LayerwiseLoss(PAIRS, form=form))
-    losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
+    losses = module(batch, teacher(batch.teacher, module.of_teacher), module.count([batch]))
     ours, theirs = outputs_of(student, batch), outputs_of(teacher.model, batch)
     expected = torch.stack([FORMS[form](ours[s], theirs[t])[batch.mask].mean() for s, t in PAIRS]).mean()
     torch.testing.assert_close(losses.raw["layerwise"], expected.detach(), rtol=1e-4, atol=1e-5)
@@ -172,10 +179,10 @@ def test_the_first_positions_are_left_out_of_each_document(teacher, packing):
     student, batch = model(2, 16, seed=0), batch_of(blocks(packing))
     module = loss_alone(student, LayerwiseLoss(PAIRS, form="raw", skip_first=2))
     counts = module.count([batch])
-    losses = module(batch, teacher(batch.teacher, module.teacher_layers), counts)
+    losses = module(batch, teacher(batch.teacher, module.of_teacher), counts)
     kept = [(row, i) for row, line in enumerate(AFTER_FIRST_TWO[packing]) for i, c in enumerate(line) if c == "x"]
-    assert int(counts.states) == len(kept)
-    ours, theirs = Teacher(student)(batch.student, [0, 1]).layers, teacher(batch.teacher, [1, 3]).layers
+    assert int(counts["layerwise"]) == len(kept)
+    ours, theirs = seen(Teacher(student), batch.student, [0, 1]), seen(teacher, batch.teacher, [1, 3])
     errors = [(s[row, i] - t[row, i]).square().mean() for s, t in zip(ours, theirs, strict=True) for row, i in kept]
     torch.testing.assert_close(losses.raw["layerwise"], torch.stack(errors).mean())
 
@@ -202,9 +209,9 @@ def test_with_two_tokenizers_states_are_compared_where_both_have_read_the_same(t
     # Of the six pairs (row, student, teacher) the student begins a document at (0, 0, 0) and (1, 3, 1), and the
     # teacher at (1, 1, 0).
     kept = [(0, 2, 1), (0, 5, 3), (1, 4, 2)]
-    assert int(counts.states) == len(kept)
-    total = sum(module(batch, teacher(batch.teacher, [1, 3]), counts).total for batch in batches)
-    ours, theirs = Teacher(student)(batches[0].student, [0, 1]).layers, teacher(batches[0].teacher, [1, 3]).layers
+    assert int(counts["layerwise"]) == len(kept)
+    total = sum(module(batch, teacher(batch.teacher, module.of_teacher), counts).total for batch in batches)
+    ours, theirs = seen(Teacher(student), batches[0].student, [0, 1]), seen(teacher, batches[0].teacher, [1, 3])
     errors = [
         (F.pad(s[row, i], (0, 8)) - t[row, j]).square().mean()
         for s, t in zip(ours, theirs, strict=True)
@@ -217,7 +224,7 @@ def test_with_two_tokenizers_states_are_compared_where_both_have_read_the_same(t
 def test_the_founding_formula_is_over_everything_and_in_no_loss(teacher, how):
     student, batch = model(2, 8, seed=0), batch_of(blocks("padded"))
     module = loss_alone(student, LayerwiseLoss(PAIRS, widths=(8, 16), **how))
-    losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch, batch]))
+    losses = module(batch, teacher(batch.teacher, module.of_teacher), module.count([batch, batch]))
     assert not batch.mask.all()
     ours, theirs = outputs_of(student, batch), outputs_of(teacher.model, batch)
     expected = torch.stack([F.mse_loss(F.pad(ours[s], (0, 8)), theirs[t]) for s, t in PAIRS]).mean()
@@ -228,8 +235,8 @@ def test_the_founding_formula_is_over_everything_and_in_no_loss(teacher, how):
 def test_the_founding_formula_of_two_tokenizers_is_over_all_pairs(teacher):
     student, (batch, _) = model(2, 8, seed=0), two_tokenizers()
     module = loss_alone(student, LayerwiseLoss(PAIRS, widths=(8, 16), skip_first=1))
-    losses = module(batch, teacher(batch.teacher, [1, 3]), module.count([batch]))
-    ours, theirs = Teacher(student)(batch.student, [0, 1]).layers, teacher(batch.teacher, [1, 3]).layers
+    losses = module(batch, teacher(batch.teacher, module.of_teacher), module.count([batch]))
+    ours, theirs = seen(Teacher(student), batch.student, [0, 1]), seen(teacher, batch.teacher, [1, 3])
     assert batch.pairs is not None
     errors = [
         (F.pad(s[row, i], (0, 8)) - t[row, j]).square().mean()
@@ -257,7 +264,7 @@ def test_micro_batches_of_a_window_add_up_to_the_window(teacher, kind):
         module = loss_alone(model(2, 8, seed=0), layerwise)
         counts = module.count(batches)
         for batch in batches:
-            module(batch, teacher(batch.teacher, module.teacher_layers), counts).total.backward()
+            module(batch, teacher(batch.teacher, module.of_teacher), counts).total.backward()
         return [parameter.grad for parameter in module.parameters()]
 
     whole, pieces = (gradients(batches) for batches in windows()[kind])

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from fastdistill.training import gguf_file
 from fastdistill.training.blocks import Inputs
+from fastdistill.training.capture import Wanted
 from fastdistill.training.config import UsageError
 from fastdistill.training.demo import train_tokenizer
 from fastdistill.training.loading import DTYPES, load
 from fastdistill.training.models import parts
-from fastdistill.training.objective import Teacher
+from fastdistill.training.teacher import Teacher
 from tests.training.families import GROUPED, IDS, make
 
 CONFIG = LlamaConfig(**{**GROUPED, "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96}, rms_norm_eps=1e-5)
@@ -66,8 +67,8 @@ def test_a_quantised_teacher_gives_nearly_the_models_own_states(model, folder, b
     quantised = load(str(folder), dtype=dtype, bits=bits)[0]
     assert parts(quantised).head.weight.dtype == DTYPES[dtype]
     assert not parts(quantised).blocks[0].get_parameter("mlp.up_proj.weight").is_floating_point()
-    states = Teacher(quantised)(Inputs(IDS, None), [0]).layers[0].float()
-    exact = Teacher(model)(Inputs(IDS, None), [0]).layers[0]
+    states = Teacher(quantised)(Inputs(IDS, None), Wanted(outputs=frozenset({0}))).captured.outputs[0].float()
+    exact = Teacher(model)(Inputs(IDS, None), Wanted(outputs=frozenset({0}))).captured.outputs[0]
     assert 1e-4 < (states - exact).norm() / exact.norm() < tolerance
 
 

@@ -20,8 +20,9 @@ from fastdistill.training.measures import (
     cross_entropy_and_retention,
     cross_vocab_retention,
 )
-from fastdistill.training.objective import DistillationModule, Teacher
+from fastdistill.training.objective import DistillationModule
 from fastdistill.training.pairing import Pairing
+from fastdistill.training.teacher import Teacher
 
 N = 11
 

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import BloomConfig, FalconConfig, Gemma2Config, GPT2Config, GraniteConfig
 
 from fastdistill.training.blocks import Inputs
+from fastdistill.training.capture import Wanted, capturing
 from fastdistill.training.config import UsageError
-from fastdistill.training.models import captured_outputs, check_document_masks, parts
-from fastdistill.training.objective import Teacher
+from fastdistill.training.models import check_document_masks, parts
+from fastdistill.training.teacher import Teacher
 from tests.training.families import FAMILIES, GPT2, GROUPED, IDS, OPT, make
 
 
@@ -21,25 +22,25 @@ from tests.training.families import FAMILIES, GPT2, GROUPED, IDS, OPT, make
 def test_head_of_base_is_the_models_own_logits(family, dtype):
     model = make(FAMILIES[family]).to(dtype)
     own = parts(model)
-    with captured_outputs(own.blocks, [0, 2, 3]) as outputs, torch.no_grad():
+    with capturing(own.blocks, Wanted(outputs=frozenset({0, 2, 3}))) as seen, torch.no_grad():
         logits = own.head(own.base(input_ids=IDS).last_hidden_state)
         whole = model(input_ids=IDS, output_hidden_states=True)
     assert torch.equal(logits, whole.logits)
-    assert sorted(outputs) == [0, 2, 3]
+    assert sorted(seen.outputs) == [0, 2, 3]
     # hidden_states are the embeddings, what each block but the last puts out, and the final norm of the last.
-    assert torch.equal(outputs[0], whole.hidden_states[1])
-    assert torch.equal(outputs[2], whole.hidden_states[3])
-    assert outputs[3].shape == (2, 12, 16)
-    assert not torch.equal(outputs[3], outputs[2])
+    assert torch.equal(seen.outputs[0], whole.hidden_states[1])
+    assert torch.equal(seen.outputs[2], whole.hidden_states[3])
+    assert seen.outputs[3].shape == (2, 12, 16)
+    assert not torch.equal(seen.outputs[3], seen.outputs[2])
 
 
 def test_nothing_is_captured_when_capturing_has_ended():
     model = make(GPT2)
-    with captured_outputs(parts(model).blocks, [0]) as outputs:
+    with capturing(parts(model).blocks, Wanted(outputs=frozenset({0}))) as seen:
         model(input_ids=IDS)
-    before = outputs[0]
+    before = seen.outputs[0]
     model(input_ids=IDS)
-    assert outputs[0] is before
+    assert seen.outputs[0] is before
     assert not any(block._forward_hooks for block in parts(model).blocks)
 
 
@@ -129,8 +130,10 @@ def test_models_that_cannot_be_told_where_documents_start_are_refused(config, re
 def test_the_teacher_is_frozen_and_the_same_twice():
     model = make(GPT2Config(**{**GPT2.to_dict(), "resid_pdrop": 0.5, "embd_pdrop": 0.5})).train()
     teacher = Teacher(model)
-    first, second = teacher(Inputs(IDS, None), [1, 3]), teacher(Inputs(IDS, None), [1, 3])
+    wanted = Wanted(outputs=frozenset({1, 3}))
+    first, second = teacher(Inputs(IDS, None), wanted), teacher(Inputs(IDS, None), wanted)
     assert torch.equal(first.hidden, second.hidden)
-    assert all(map(torch.equal, first.layers, second.layers))
+    assert first.captured.outputs.keys() == {1, 3}
+    assert all(torch.equal(first.captured.outputs[i], second.captured.outputs[i]) for i in (1, 3))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not first.hidden.requires_grad

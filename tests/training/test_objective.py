@@ -12,10 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fastdistill import heads
 from fastdistill.training.blocks import Batch, Blocks, Inputs, collate, cut
+from fastdistill.training.capture import Wanted
 from fastdistill.training.evaluate import evaluate, perplexity
 from fastdistill.training.layerwise import LayerwiseLoss
-from fastdistill.training.objective import DistillationModule, Teacher, Weights
+from fastdistill.training.objective import DistillationModule, Weights
 from fastdistill.training.pairing import Pairing
+from fastdistill.training.teacher import Teacher
 from fastdistill.training.tokens import Tokens
 from tests.half_products import half_products
 
@@ -45,13 +47,17 @@ def teacher() -> Teacher:
     return Teacher(model(4, seed=1))
 
 
+def halves(student: GPT2LMHeadModel) -> DistillationModule:
+    return DistillationModule(student, Weights(0.5, 0.5, 0.5), components=[LayerwiseLoss([(0, 1), (1, 3)])])
+
+
 def test_each_component_is_its_definition_on_whole_logits(blocks, teacher):
     student = model(2, seed=0)
     module = DistillationModule(
-        student, Weights(kd=0.3, lm=0.6, layerwise=0.1), temperature=3.0, layerwise=LayerwiseLoss([(0, 1), (1, 3)])
+        student, Weights(kd=0.3, lm=0.6, layerwise=0.1), temperature=3.0, components=[LayerwiseLoss([(0, 1), (1, 3)])]
     )
     batch = batch_of(blocks)
-    losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
+    losses = module(batch, teacher(batch.teacher, module.of_teacher), module.count([batch]))
 
     with torch.no_grad():
         s = student(input_ids=batch.student.input_ids, output_hidden_states=True)
@@ -61,11 +67,11 @@ def test_each_component_is_its_definition_on_whole_logits(blocks, teacher):
     kl = F.kl_div((s_logits / 3).log_softmax(-1), (t_logits / 3).log_softmax(-1), reduction="none", log_target=True)
     raw = {"kd": 9 * kl.sum(-1).mean(), "lm": F.cross_entropy(s_logits, batch.targets[counted])}
     # hidden_states of a GPT-2 end with the final norm, so its last block's output is read through a hook.
-    t_last = teacher(batch.teacher, [1, 3]).layers
-    s_last = Teacher(model(2, seed=0))(batch.teacher, [0, 1]).layers
+    theirs = teacher(batch.teacher, module.of_teacher).captured.outputs
+    ours = Teacher(model(2, seed=0))(batch.teacher, Wanted(outputs=frozenset({0, 1}))).captured.outputs
     distances = [
-        (F.layer_norm(a, (16,)) - F.layer_norm(b, (16,))).square().mean(-1)[batch.mask].mean()
-        for a, b in zip(s_last, t_last, strict=True)
+        (F.layer_norm(ours[s], (16,)) - F.layer_norm(theirs[t], (16,))).square().mean(-1)[batch.mask].mean()
+        for s, t in [(0, 1), (1, 3)]
     ]
     raw["layerwise"] = 0.5 * torch.stack(distances).mean()
     for name, expected in raw.items():
@@ -92,11 +98,13 @@ def test_ids_above_the_tokenizers_are_padding_of_the_heads_and_not_compared(bloc
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_micro_batches_of_a_window_add_up_to_the_window(blocks, teacher, size):
     def gradients(rows: list[range]) -> list[torch.Tensor | None]:
-        module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layerwise=LayerwiseLoss([(0, 1), (1, 3)]))
+        module = DistillationModule(
+            model(2, seed=0), Weights(0.5, 0.5, 0.5), components=[LayerwiseLoss([(0, 1), (1, 3)])]
+        )
         batches = [batch_of(blocks, part) for part in rows]
         counts = module.count(batches)
         for batch in batches:
-            module(batch, teacher(batch.teacher, module.teacher_layers), counts).total.backward()
+            module(batch, teacher(batch.teacher, module.of_teacher), counts).total.backward()
         return [parameter.grad for parameter in module.parameters()]
 
     pieces = [range(first, first + size) for first in range(0, 6, size)]
@@ -105,13 +113,13 @@ def test_micro_batches_of_a_window_add_up_to_the_window(blocks, teacher, size):
 
 
 def test_padding_changes_nothing(blocks, teacher):
-    module = DistillationModule(model(2, seed=0), Weights(0.5, 0.5, 0.5), layerwise=LayerwiseLoss([(0, 1), (1, 3)]))
+    module = halves(model(2, seed=0))
     totals = []
     for filler in (0, 39):
         batch = batch_of(blocks)
         ids = Inputs(batch.student.input_ids.masked_fill(~batch.mask, filler), None)
         batch = batch._replace(student=ids, teacher=ids)
-        totals.append(module(batch, teacher(batch.teacher, [1, 3]), module.count([batch])).total)
+        totals.append(module(batch, teacher(batch.teacher, module.of_teacher), module.count([batch])).total)
     assert torch.equal(*totals)
 
 
@@ -125,11 +133,9 @@ def test_under_autocast_the_heads_multiply_in_its_precision_and_masters_keep_the
     half_teacher = Teacher(copy.deepcopy(teacher.model).to(half))
 
     def step(teacher: Teacher, autocast: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        module = DistillationModule(
-            copy.deepcopy(student), Weights(0.5, 0.5, 0.5), layerwise=LayerwiseLoss([(0, 1), (1, 3)])
-        )
+        module = halves(copy.deepcopy(student))
         with torch.autocast("cpu", half, enabled=autocast):
-            losses = module(batch, teacher(batch.teacher, module.teacher_layers), module.count([batch]))
+            losses = module(batch, teacher(batch.teacher, module.of_teacher), module.count([batch]))
         losses.total.backward()
         return losses.total.detach(), [parameter.grad for parameter in module.parameters()]
 
@@ -163,14 +169,15 @@ def test_documents_in_a_row_do_not_see_each_other(teacher):
 def test_a_component_of_weight_0_is_not_built(blocks):
     module = DistillationModule(model(2, seed=0), Weights(kd=0, lm=1, layerwise=0))
     batch = batch_of(blocks)
-    assert module.teacher_layers == []
+    assert module.of_teacher == Wanted()
+    assert not module.needs_teacher
     assert set(module(batch, None, module.count([batch])).raw) == {"lm"}
 
 
-@pytest.mark.parametrize(("weight", "layerwise"), [(1.0, None), (0.0, LayerwiseLoss([(0, 1)]))])
-def test_a_layerwise_loss_and_its_weight_go_together(weight, layerwise):
-    with pytest.raises(ValueError, match="layerwise must be given where its weight is not 0 and only there"):
-        DistillationModule(model(2, seed=0), Weights(kd=0, lm=1, layerwise=weight), layerwise=layerwise)
+@pytest.mark.parametrize(("weight", "built"), [(1.0, []), (0.0, [LayerwiseLoss([(0, 1)])])])
+def test_a_component_and_its_weight_go_together(weight, built):
+    with pytest.raises(ValueError, match="components must be those with a weight"):
+        DistillationModule(model(2, seed=0), Weights(lm=1, layerwise=weight), components=built)
 
 
 def test_held_out_loss_is_the_models_own(blocks):

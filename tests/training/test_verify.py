@@ -23,6 +23,7 @@ from fastdistill.training import (
     verify_run,
     verify_training,
 )
+from fastdistill.training.capture import Wanted
 from fastdistill.training.guard import MovementGuard
 from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.objective import DistillationModule
@@ -168,8 +169,8 @@ def component_left_out(function: Any) -> Any:
 
 def component_without_gradient(function: Any) -> Any:
     def faulty(self, *arguments):
-        loss, founding = function(self, *arguments)
-        return loss.detach(), founding
+        terms = function(self, *arguments)
+        return terms._replace(losses={name: loss.detach() for name, loss in terms.losses.items()})
 
     return faulty
 
@@ -187,7 +188,7 @@ def nothing_skipped(function: Any) -> Any:
 
 
 def another_block(function: Any) -> Any:
-    return property(lambda self: [0])
+    return property(lambda self: Wanted(outputs=frozenset({0})))
 
 
 def falls_to_nothing(function: Any) -> Any:
@@ -332,7 +333,7 @@ FAULTS = {
     "first positions of training not left out":
         ("Code Structure", "layerwise, of documents", blocks.Inputs, "past_first", nothing_skipped),
     "another block of the teacher":
-        ("Code Structure", "layerwise, of documents", DistillationModule, "teacher_layers", another_block),
+        ("Code Structure", "layerwise, of documents", DistillationModule, "of_teacher", another_block),
     "KL the other way round":
         ("Losses", "softmax_kl, forward_kl", softmax_kl_torch, "_DIVERGENCES", swapped),
     "JSD the other way round":

@@ -1,0 +1,92 @@
+"""What the components of the loss beside `kd` and `lm` have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastdistill.training.blocks import Batch
+from fastdistill.training.capture import Captured, Wanted
+from fastdistill.training.window import Counts
+
+
+class Terms(NamedTuple):
+    """What a component says of one micro-batch, 0-d each.
+
+    `losses` are its share of the window's, by name, differentiable; `diagnostics` are to be seen and are in no loss.
+    """
+
+    losses: dict[str, Tensor]
+    diagnostics: dict[str, Tensor]
+
+
+class Component(nn.Module, ABC):
+    """A loss between what is captured of the student and of the teacher, with what it learns for itself."""
+
+    name: str
+    """Of its loss, of its weight, and of its count if it has one."""
+    of_student: Wanted
+    of_teacher: Wanted
+
+    def begin(self, progress: float) -> None:
+        """Called before each optimizer step with the share of the run's steps that are done."""
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """How many tokens of a micro-batch it takes the mean over; None if each micro-batch weighs the same."""
+        return None
+
+    @abstractmethod
+    def forward(self, student: Captured, teacher: Captured, batch: Batch, counts: Counts) -> Terms: ...
+
+
+class Counterparts(NamedTuple):
+    """For each of the student's positions, `[B, S]`, where the teacher has read the same.
+
+    `mask` is False where it is padding, or the teacher has no such position; `documents` numbers those of a row.
+    """
+
+    mask: Tensor
+    documents: Tensor
+    positions: Tensor | None
+    """The teacher's; None where they are the student's own."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Counterparts:
+        documents = (batch.student.places() == 0).cumsum(1)
+        if batch.pairs is None:
+            return cls(batch.mask, documents, None)
+        row, student, teacher = batch.pairs
+        mask, positions = torch.zeros_like(batch.mask), torch.zeros_like(documents)
+        mask[row, student] = True
+        positions[row, student] = teacher
+        return cls(mask, documents, positions)
+
+    def of_teacher(self, values: Tensor) -> Tensor:
+        """The teacher's `[B, ..., St, D]` at the student's positions: `[B, ..., S, D]`, void outside `mask`."""
+        if self.positions is None:
+            return values
+        index = self.positions.view(len(values), *[1] * (values.ndim - 3), -1, 1)
+        return values.gather(-2, index.expand(*values.shape[:-2], -1, values.shape[-1]))
+
+    def visible(self, *, itself: bool) -> Tensor:
+        """Which positions each may look back at, bool `[B, S, S]`: earlier ones of its document that are in `mask`, and
+        itself if asked for.
+        """
+        size = self.mask.shape[1]
+        earlier = torch.ones(size, size, dtype=torch.bool, device=self.mask.device).tril(0 if itself else -1)
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        return earlier & same & self.mask[:, None, :] & self.mask[:, :, None]
+
+
+def projection(widths: tuple[int, int] | None, kind: str) -> nn.Module:
+    """What brings states of the first width to the second: nothing where they are equal (or None), else a matrix that
+    begins as the identity on the channels that both have, "learned" or "fixed".
+    """
+    if widths is None or widths[0] == widths[1]:
+        return nn.Identity()
+    matrix = nn.Linear(*widths, bias=False)
+    nn.init.eye_(matrix.weight)
+    return matrix.requires_grad_(kind == "learned")
