@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ KEPT = 0.9
 FARTHEST = 1e3
 """How far a factor may be from 1, above or below."""
 _SCALE = 2.0**12
-"""Of the losses whose gradients are measured, so that half precision does not lose them."""
+"""Of a loss whose gradient is measured, so that half precision does not lose it."""
 
 
 class Balancer(nn.Module):
@@ -70,10 +70,10 @@ class Balancer(nn.Module):
         return torch.stack([losses.weighted[name] for name in ("kd", "lm") if name in losses.weighted]).sum()
 
 
-def gradient_norms(losses: Mapping[str, Tensor], embedded: Tensor) -> dict[str, Tensor]:
-    """Norm of each loss's gradient at the student's embedded tokens, `[B, S, D]`, which all of them go through."""
-    norms = {}
-    for name, loss in losses.items():
-        (gradient,) = torch.autograd.grad(_SCALE * loss, embedded, retain_graph=True)
-        norms[f"gradient norm of {name}"] = gradient.float().norm() / _SCALE
-    return norms
+def gradient_norm(loss: Tensor, embedded: Tensor) -> Tensor:
+    """Norm of a loss's gradient at the student's embedded tokens, `[B, S, D]`, which all losses go through.
+
+    The graph between them stays, so that it can be gone through again; nothing else gets a gradient.
+    """
+    (gradient,) = torch.autograd.grad(_SCALE * loss, embedded, retain_graph=True)
+    return gradient.float().norm() / _SCALE

@@ -27,8 +27,8 @@ PLATEAU = 5
 PROBE = 10
 """Steps after which a stage says how long it will take, and what memory."""
 
-_DIAGNOSTICS = {"layerwise_raw": "layerwise by sum/(B*S*D)"}
-"""What a number that is in no loss is called in the log, if not by its name."""
+_FOUNDING = "layerwise_raw"
+"""Of the numbers that are in no loss, the founding document's."""
 _MEANS = ("raw", "weighted", "diagnostics")
 
 
@@ -170,10 +170,10 @@ class Monitor:
             lines = [f"[Step {step}]", f"Total Loss: {total:.2f}"]
             by_size = sorted(weighted, key=lambda name: -weighted[name])
             lines += [f"  {name}_loss: {weighted[name]:.2f} ({shares[name]:.0%})" for name in by_size]
-            lines += [
-                f"[Raw] {_DIAGNOSTICS.get(name, name)}: {value:.4g}, not in the loss"
-                for name, value in diagnostics.items()
-            ]
+            if _FOUNDING in diagnostics:
+                lines.append(f"[Raw] layerwise by sum/(B*S*D): {diagnostics[_FOUNDING]:.4g}, not in the loss")
+            stats = [f"{name} {value:.4g}" for name, value in diagnostics.items() if name != _FOUNDING]
+            lines += [f"[Stat] {', '.join(stats)}"] * bool(stats)
             whole = sum(self.seconds.values())
             split = ", ".join(f"{phase} {value / whole:.0%}" for phase, value in self.seconds.items())
             lines.append(f"[Time] {1000 * whole / self.steps:.0f} ms a step: {split}; peak {peak / 1e9:.2f} GB")

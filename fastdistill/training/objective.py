@@ -16,7 +16,7 @@ from fastdistill import linear_cross_vocab_kl, linear_softmax_kl
 from fastdistill.outputs import CrossVocabOutput, LossOutput
 from fastdistill.training.attention import AttentionLoss
 from fastdistill.training.attention_alignment import AttentionAlignmentLoss
-from fastdistill.training.balance import Balancer, gradient_norms
+from fastdistill.training.balance import MAIN, Balancer, gradient_norm
 from fastdistill.training.blocks import IGNORED, Batch
 from fastdistill.training.capture import Wanted, capturing, first_input
 from fastdistill.training.clock import Clock
@@ -111,11 +111,14 @@ class DistillationModule(nn.Module):
             "attention_alignment": lambda: AttentionAlignmentLoss.of(config, teacher, layer_map),
         }
         components = [make() for name, make in build.items() if name in weights.active()]
-        last = config.temperature if config.temperature_end is None else config.temperature_end
+        temperature = config.temperature
+        if config.temperature_end is not None:
+            ends = {"first": temperature, "last": config.temperature_end}
+            temperature = partial(course, **ends, shape=config.temperature_schedule)
         return cls(
             student,
             weights,
-            temperature=partial(course, first=config.temperature, last=last, shape=config.temperature_schedule),
+            temperature=temperature,
             divergence=config.divergence,
             components=components,
             curriculum=Curriculum(config.curriculum, weights.active()),
@@ -126,14 +129,15 @@ class DistillationModule(nn.Module):
 
     def begin(self, step: int, total_steps: int) -> None:
         """Set what an optimizer step is to know of its number, `step`, 0-based: temperature, curriculum, schedules."""
-        before, progress = self.active, step / max(1, total_steps - 1)
+        changed, progress = step == 0, step / max(1, total_steps - 1)
         if callable(self.course):
             self.temperature = self.course(progress)
         if self.curriculum:
             self.active = self.curriculum.active(step, total_steps)
+            changed |= self.active != self.curriculum.active(step - 1, total_steps)
         for component in self._built():
             component.begin(progress)
-        self.measures_gradients = bool(self.balancer and self.balancer.measures(step, self.active != before))
+        self.measures_gradients = bool(self.balancer and self.balancer.measures(step, changed))
 
     def balance(self, losses: Losses[Tensor]) -> None:
         """Take in the numbers of a whole window: if weights are balanced, those of the next follow from them."""
@@ -169,20 +173,30 @@ class DistillationModule(nn.Module):
             self.clock.mark("student")
 
         total, raw = self._softmax_losses(hidden, batch, teacher, counts)
-        weighted, sources, diagnostics = {n: self._weight(n) * loss for n, loss in raw.items()}, {"main": total}, {}
+        weighted, diagnostics = {name: self._weight(name) * loss for name, loss in raw.items()}, {}
+        if callable(self.course):
+            diagnostics["temperature"] = torch.full((), self.temperature, device=total.device)
         for component in built:
             assert teacher is not None
             terms = component(captured, teacher.captured, batch, counts)
-            for name, loss in terms.losses.items():
-                raw[name], weighted[name] = loss.detach(), self._weight(name) * loss
-                total = total + weighted[name]
-            sources[component.name] = terms.losses[component.name]
             diagnostics |= terms.diagnostics
+            for name, loss in terms.losses.items():
+                weight = self._weight(name)
+                if name not in self.active:  # the router's load balance, of weight 0
+                    diagnostics[name] = loss.detach()
+                    continue
+                total = total + weight * loss
+                raw[name], weighted[name] = loss.detach(), (weight * loss).detach()
+            if self.measures_gradients:
+                # Of a second forward pass of the loss: what is made by a kernel can be differentiated once.
+                again = component(captured, teacher.captured, batch, counts).losses[component.name]
+                diagnostics[f"gradient norm of {component.name}"] = gradient_norm(again, embedded[0])
         if self.measures_gradients:
-            diagnostics |= gradient_norms(sources, embedded[0])
+            main, _ = self._softmax_losses(hidden, batch, teacher, counts)
+            diagnostics[f"gradient norm of {MAIN}"] = gradient_norm(main, embedded[0])
         if self.clock:
             self.clock.mark("loss")
-        return Losses(total, raw, {name: loss.detach() for name, loss in weighted.items()}, diagnostics)
+        return Losses(total, raw, weighted, diagnostics)
 
     def _softmax_losses(
         self, hidden: Tensor, batch: Batch, teacher: TeacherStates | None, counts: Counts

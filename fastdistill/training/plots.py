@@ -70,7 +70,7 @@ def plots(run: Run) -> list[Plot]:
     ]
     return [
         Plot("curves", curves),
-        *([Plot("shares", shares)] if len(stage.train[0]["components"]) > 1 else []),
+        *([Plot("shares", shares)] if len(_component_names(stage)) > 1 else []),
         Plot("optimizer", optimizer),
         Plot("speed", speed if len(step_times(stage)) > 1 else speed[1:]),
     ]
@@ -133,17 +133,28 @@ def _held_out_loss(axes: Axes, run: Run) -> None:
     axes.set_ylabel("nats a token")
 
 
+def _component_names(stage: Stage) -> list[str]:
+    """Those of any line of the log, since a curriculum lets some come in later."""
+    return list(dict.fromkeys(name for record in stage.train for name in record["components"]))
+
+
+def _of_component(stage: Stage, name: str, field: str) -> list[float]:
+    """Line by line; 0 before it came in."""
+    return [record["components"].get(name, {}).get(field, 0.0) for record in stage.train]
+
+
 def _components(axes: Axes, stage: Stage) -> None:
-    for name, color in zip(stage.train[0]["components"], cycle(_PARTS), strict=False):
-        weighted = [record["components"][name]["weighted"] for record in stage.train]
-        axes.plot(_steps(stage.steps), _means(weighted), color=color, label=f"{name}_loss")
+    for name, color in zip(_component_names(stage), cycle(_PARTS), strict=False):
+        axes.plot(
+            _steps(stage.steps), _means(_of_component(stage, name, "weighted")), color=color, label=f"{name}_loss"
+        )
     axes.set_ylim(0, None)
     axes.set_ylabel("loss times its weight")
 
 
 def _shares(axes: Axes, stage: Stage) -> None:
-    names = list(stage.train[0]["components"])
-    shares = [_means([100 * record["components"][name]["share"] for record in stage.train]) for name in names]
+    names = _component_names(stage)
+    shares = [_means([100 * share for share in _of_component(stage, name, "share")]) for name in names]
     _stack(axes, _steps(stage.steps), shares, [f"{name}_loss" for name in names])
     axes.set_ylim(0, 100)
     axes.set_ylabel("% of the total")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from fastdistill.training.config import Config
+from fastdistill.training.config import COMPONENTS, Config
 from fastdistill.training.evaluate import perplexity
 from fastdistill.training.plots import Plot
 from fastdistill.training.results import Difference, Row, differences, gaps_closed, rows, speeds
@@ -180,9 +180,20 @@ def _models_and_text(config: Config) -> str:
 
 def recipe(config: Config) -> str:
     """The settings that made the student, in one line."""
-    loss = f"{config.kd_weight:g} T^2 KL (T {config.temperature:g}, {config.divergence}) + {config.lm_weight:g} CE"
-    if config.layerwise_weight:
-        loss += f" + {config.layerwise_weight:g} layerwise ({config.layerwise_loss})"
+    temperature = f"T {config.temperature:g}"
+    if config.temperature_end is not None:
+        temperature += f" to {config.temperature_end:g}, {config.temperature_schedule}"
+    loss = f"{config.kd_weight:g} T^2 KL ({temperature}, {config.divergence}) + {config.lm_weight:g} CE"
+    forms = {
+        "layerwise": f" ({config.layerwise_loss})",
+        "attention": f" ({config.attention_loss})",
+        "routing_feature": f" (over {config.routing_over}; {config.load_balance_weight:g} load_balance)",
+    }
+    for name in COMPONENTS[2:]:
+        if weight := getattr(config, f"{name}_weight"):
+            loss += f" + {weight:g} {name}{forms.get(name, '')}"
+    loss += f", curriculum {config.curriculum}" * (config.curriculum != "none")
+    loss += f", balanced by {config.balance}" * (config.balance != "none")
     steps = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
     return (
         f"{loss}; {steps} of {config.batch_size} x {config.grad_accum} sequences of {config.seq_len} tokens; AdamW, "

@@ -20,8 +20,6 @@ def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int
 
 
 def course(progress: float, first: float, last: float, shape: str) -> float:
-    """Value at `progress`, 0 to 1, on the way from `first` to `last`: "linear", "cosine", or "constant", at `first`."""
-    if shape == "constant":
-        return first
+    """Value at `progress`, 0 to 1, on the way from `first` to `last`: "linear" or "cosine"."""
     done = progress if shape == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
     return first + (last - first) * done
