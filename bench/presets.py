@@ -84,7 +84,7 @@ CASES = [
 def measured_bytes(case: Case) -> int:
     """The most bytes that tensors take during a step, on a CPU."""
     student, teacher = case.model(case.depth), case.model(2 * case.depth)
-    return measure_step(case.config, student, teacher, torch.device("cpu"), two_tokenizers=False).bytes
+    return measure_step(case.config, student, teacher, torch.device("cpu")).bytes
 
 
 def compare(case: Case) -> dict[str, Any]:

@@ -36,7 +36,13 @@ class MeasuredStep(NamedTuple):
 
 
 def measure_step(
-    config: Config, student: PreTrainedConfig, teacher: PreTrainedConfig, device: torch.device, *, two_tokenizers: bool
+    config: Config,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    device: torch.device,
+    *,
+    two_tokenizers: bool = False,
+    at_first: bool = False,
 ) -> MeasuredStep:
     """Teacher, student, losses, backward pass and AdamW with its state in place, as train.py makes them on one device.
 
@@ -45,6 +51,7 @@ def measure_step(
 
     Args:
         student, teacher, two_tokenizers: as for `estimate`; ids of the same number stand for the same string.
+        at_first: measure the run's first step, by its curriculum, in place of its last.
     """
     torch.manual_seed(0)
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -63,11 +70,12 @@ def measure_step(
     teaches, scaler = Teacher(teacher_model.to(device)), precision.scaler()
     optimizer, batch = engine.make_optimizer(module, config), _random_batch(config, len(ids), device, two_tokenizers)
     micro_batches = min(MICRO_BATCHES, config.grad_accum)
+    module.begin(0 if at_first else 999, 1000)
 
     def step() -> None:
         counts = module.count([batch] * micro_batches)
         for _ in range(micro_batches):
-            states = teaches(batch.teacher, module.of_teacher)  # kept until the next, as in train.py
+            states = teaches(batch.teacher, module.of_teacher) if module.needs_teacher else None  # kept, as in train.py
             with precision.autocast():
                 losses = module(batch, states, counts)
             engine.backward(losses.total, 1, scaler)

@@ -1,0 +1,104 @@
+"""The demo with all components and the founding curriculum, beside kd + lm alone, seed by seed (docs/objectives.md):
+
+python -m bench.objectives_run measure docs/objectives-run.json
+python -m bench.objectives_run table docs/objectives-run.json
+
+`measure` trains the demo's student of three seeds in each way, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from bench import kept
+from bench.machine import machine
+from bench.presets import markdown
+from fastdistill.training.config import COMPONENTS
+
+ROOT = Path(__file__).resolve().parents[1]
+SEEDS = 3
+ALONE, ALL = "kd + lm", "all seven"
+WAYS: dict[str, dict[str, object]] = {
+    ALONE: {"layerwise-weight": 0},
+    ALL: {
+        "layerwise-weight": 0.5, "attention-weight": 0.5, "attention-alignment-weight": 0.5,
+        "routing-feature-weight": 0.2, "contrastive-weight": 0.1, "curriculum": "founding",
+    },
+}  # fmt: skip
+"""Flags beside those of the demo."""
+
+
+def run(flags: dict[str, object], folder: Path) -> list[dict[str, Any]]:
+    """The logs of a run's students, seed by seed."""
+    given = {"seeds": SEEDS, "output-dir": folder, **flags}
+    command = [sys.executable, "train.py", "--no-baseline", "--no-tensorboard"]
+    subprocess.run(
+        [*command, *[part for item in given.items() for part in (f"--{item[0]}", str(item[1]))]], cwd=ROOT, check=True
+    )
+    logs = []
+    for seed in range(SEEDS):
+        lines = (folder / f"seed-{seed}" / "distilled" / "log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    return logs
+
+
+def measure() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        logs = {name: run(flags, Path(folder) / str(number)) for number, (name, flags) in enumerate(WAYS.items())}
+    return {"machine": machine(), "flags": WAYS, "logs": logs}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: held-out losses by seed, the shares of the first seed line by line, and all warnings."""
+    return "\n\n".join(
+        [losses_table(results["logs"]), shares_table(results["logs"][ALL][0]), warnings(results["logs"])]
+    )
+
+
+def losses_table(logs: dict[str, Any]) -> str:
+    lines = [["held-out loss", *[f"seed {seed}" for seed in range(SEEDS)], "mean", "deviation"]]
+    found: dict[str, list[list[float]]] = {"last": [], "best": []}
+    for name, of_seeds in logs.items():
+        losses = [[record["loss"] for record in log if record["event"] == "eval"] for log in of_seeds]
+        for kind, chosen in (("last", [each[-1] for each in losses]), ("best", [min(each) for each in losses])):
+            found[kind].append(chosen)
+            lines.append([f"{name}, {kind}", *numbers(chosen)])
+    for kind, (alone, both) in found.items():
+        lines.append([f"difference, {kind}", *numbers([b - a for a, b in zip(alone, both, strict=True)], sign="+")])
+    return markdown(lines, texts=1)
+
+
+def numbers(values: list[float], sign: str = "") -> list[str]:
+    return [f"{value:{sign}.3f}" for value in (*values, mean(values))] + [f"{stdev(values):.3f}"]
+
+
+def shares_table(log: list[dict[str, Any]]) -> str:
+    records = [record for record in log if record["event"] == "train"]
+    names = [name for name in (*COMPONENTS, "load_balance") if any(name in r["components"] for r in records)]
+    lines = [["step", "total", *names]]
+    for record in records:
+        parts = record["components"]
+        shares = [f"{parts[name]['share']:.1%}" if name in parts else "" for name in names]
+        lines.append([str(record["step"]), f"{record['total']:.3f}", *shares])
+    return markdown(lines, texts=0)
+
+
+def warnings(logs: dict[str, Any]) -> str:
+    said = [
+        f"- {name}, seed {seed}, step {record['step']}: {record['message']}"
+        for name, of_seeds in logs.items()
+        for seed, log in enumerate(of_seeds)
+        for record in log
+        if record["event"] == "warning"
+    ]
+    return "\n".join(said) or "No warnings."
+
+
+if __name__ == "__main__":
+    sys.exit(kept.main(__doc__, measure=measure, table=table))
