@@ -41,9 +41,8 @@ def info_nce(
     In fp32, or of fp64 in fp64. Memory is that of some `[..., n, M]`.
 
     Args:
-        student, teacher: `[..., M, D]`, finite, of like sizes in all positions; i of one is the counterpart of i of
-            the other.
-        candidates: bool, `[..., M, M]`: the states that each is compared with, itself too; the same set for all of it.
+        student, teacher: `[..., M, D]`, layer-normalised and finite; i of one is the counterpart of i of the other.
+        candidates: bool, `[..., M, M]`: the states that each is compared with, itself too; the same for all of them.
         temperature: of the cosines, above 0.
         queries: which n of the M are asked for.
     """
@@ -60,7 +59,7 @@ def info_nce(
 
 
 def _directions(states: Tensor, candidates: Tensor) -> Tensor:
-    """Unit vectors from the mean of those that each is compared with, `[..., M, D]`; 0 for what is there itself."""
+    """Unit vectors from the mean of those that each is compared with, `[..., M, D]`; 0 where there is no difference."""
     states = states if states.dtype == torch.float64 else states.float()
     weights = candidates.to(states.dtype)
     mean = weights @ states / weights.sum(-1, keepdim=True).clamp(min=1)
