@@ -22,6 +22,7 @@ from fastdistill.training.capture import Wanted, capturing, first_input
 from fastdistill.training.clock import Clock
 from fastdistill.training.component import Component
 from fastdistill.training.config import Config
+from fastdistill.training.contrastive import ContrastiveLoss
 from fastdistill.training.curriculum import Curriculum
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.layerwise import LayerwiseLoss
@@ -109,6 +110,7 @@ class DistillationModule(nn.Module):
             "layerwise": lambda: LayerwiseLoss.of(config, layer_map),
             "attention": lambda: AttentionLoss.of(config, student, teacher, layer_map),
             "attention_alignment": lambda: AttentionAlignmentLoss.of(config, teacher, layer_map),
+            "contrastive": lambda: ContrastiveLoss.of(config, layer_map),
         }
         components = [make() for name, make in build.items() if name in weights.active()]
         temperature = config.temperature
