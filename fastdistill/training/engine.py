@@ -39,7 +39,8 @@ def make_accelerator(config: Config) -> Accelerator:
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 gradient_as_bucket_view=True,
-                find_unused_parameters=config.curriculum != "none",  # what components have that begin later
+                # What components have that begin later, or without kd and lm what comes after the blocks compared.
+                find_unused_parameters=config.curriculum != "none" or not (config.kd_weight or config.lm_weight),
             ),
             InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # others wait while the first reads the text
         ],

@@ -16,10 +16,13 @@ from fastdistill.cross_vocab import SHARED_BUFFERS, SORTED_BUFFERS
 from fastdistill.heads import MAX_CHUNK_BYTES
 from fastdistill.linear_chunks import gpu_chunk_rows
 from fastdistill.softmax_kl_torch import BUFFERS
-from fastdistill.training.config import Config
+from fastdistill.training.config import COMPONENTS, Config
 from fastdistill.training.shapes import Shape, kept_bytes
 
 FLOAT32, HALF = 4, 2
+
+MAPS_AT_WORK = 3
+"""Attention maps of one block that are alive for a moment beside those that are kept, measured on a CPU."""
 
 BACKWARD_WIDEST, TEACHER_WIDEST = 3, 5
 """How many states as wide as the widest inside a block are alive for a moment, beside what is kept: in a block's
@@ -58,7 +61,7 @@ class Estimate:
 
     memory: dict[str, int]
     moment: str
-    """"teacher", "loss", "backward" or "end" (of the backward pass, and the optimizer)."""
+    """"teacher", "loss", "maps" (of attention), "backward" or "end" (of the backward pass, and the optimizer)."""
     step_flops: int
     """Of an optimizer step of the distilled student."""
     run_flops: int | None
@@ -99,7 +102,13 @@ def estimate(
     """
     shapes = Shape.of(student), Shape.of(teacher)
     run = _Memory(config, *shapes, student, device, two_tokenizers)
-    moments = {"teacher": run.teacher(), "loss": run.loss(), "backward": run.backward(), "end": run.end()}
+    moments = {
+        "teacher": run.teacher(),
+        "loss": run.loss(),
+        "maps": run.maps(),
+        "backward": run.backward(),
+        "end": run.end(),
+    }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     memory = {part: size for part, size in (run.held() | moments[moment]).items() if size}
 
@@ -115,9 +124,13 @@ def step_flops(config: Config, student: Shape, teacher: Shape | None) -> int:
     """Operations of an optimizer step of all its micro-batches, with a teacher or without."""
     forward = student.block_flops(config.seq_len)
     flops = 3 * (forward + student.head_flops()) + config.gradient_checkpointing * forward
-    if teacher and (config.kd_weight or config.layerwise_weight):
+    if teacher and _is_taught(config):
         flops += teacher.block_flops(config.seq_len) + bool(config.kd_weight) * teacher.head_flops()
     return flops * config.batch_size * config.grad_accum * config.seq_len
+
+
+def _is_taught(config: Config) -> bool:
+    return any(getattr(config, f"{name}_weight") for name in COMPONENTS if name != "lm")
 
 
 def chunk_tokens(config: Config, vocab_size: int, device: Device) -> int:
@@ -151,7 +164,7 @@ class _Memory:
 
     def teacher(self) -> dict[str, int]:
         """In one of its last blocks, while the states of the batch before are not yet given up."""
-        if not (self.config.kd_weight or self.config.layerwise_weight) or self._teacher_is_elsewhere():
+        if not _is_taught(self.config) or self._teacher_is_elsewhere():
             return {}
         inside = TEACHER_WIDEST * self._tokens() * self.teacher_shape.widest * self._teacher_bytes()
         return self._earlier_gradients() | self._teacher_states(batches=2) | {"inside the teacher": inside}
@@ -170,6 +183,12 @@ class _Memory:
                 "gradients of the losses": gradients,
             }
         )
+
+    def maps(self) -> dict[str, int]:
+        """When the last attention maps are made, the output heads being done with."""
+        kept, at_work = self._attention_maps()
+        others = {part: size for part, size in self.loss().items() if part != "a chunk of logits"}
+        return others | {"attention maps": kept + at_work} if kept else {}
 
     def backward(self) -> dict[str, int]:
         """In the student's last block, whose turn comes first."""
@@ -208,13 +227,28 @@ class _Memory:
 
     def _pairs(self) -> int:
         """Blocks whose outputs are compared; no rule of a map takes more but pairs written out."""
-        return self.student.depth if self.config.layerwise_weight else 0
+        config = self.config
+        return self.student.depth if config.layerwise_weight or config.attention_alignment_weight else 0
+
+    def _projections(self) -> int:
+        """Matrices to the teacher's width, of which each component has its own."""
+        config = self.config
+        each = bool(config.layerwise_weight) + bool(config.attention_alignment_weight)
+        return self.student.depth * each + bool(config.contrastive_weight)
+
+    def _attention_maps(self) -> tuple[int, int]:
+        """Bytes of those kept for the backward pass, and of those of one block that are alive while they are made."""
+        config, heads, teacher_heads = self.config, self.student.heads, self.teacher_shape.heads
+        each = FLOAT32 * config.batch_size * config.seq_len**2
+        kept = teacher_heads + heads * (2 if config.attention_loss == "mse" else 1) if config.attention_weight else 0
+        kept += 2 * teacher_heads if config.attention_alignment_weight else 0
+        return kept * self.student.depth * each, MAPS_AT_WORK * max(heads, teacher_heads) * each
 
     def _trained(self) -> int:
         """Numbers that learn: the student's, and those of the projections to another width."""
         widths = self.student.width, self.teacher_shape.width
         learned = widths[0] != widths[1] and self.config.projection == "learned"
-        return self.student.parameters + learned * self._pairs() * widths[0] * widths[1]
+        return self.student.parameters + learned * self._projections() * widths[0] * widths[1]
 
     def _earlier_gradients(self) -> dict[str, int]:
         """Those of the micro-batches before."""
@@ -237,9 +271,11 @@ class _Memory:
         return others * size + (shape.matrices * bits // 8 if bits else shape.matrices * size)
 
     def _teacher_states(self, batches: int = 1) -> dict[str, int]:
-        """What its head takes, and the outputs of its mapped blocks."""
-        states = batches * (bool(self.config.kd_weight) + self._pairs())
-        return {"teacher's states": states * self._tokens() * self.teacher_shape.width * self._teacher_bytes()}
+        """What its head takes, the outputs of its mapped blocks, and their queries and keys, taken to be as many."""
+        config, shape = self.config, self.teacher_shape
+        states = bool(config.kd_weight) + (self._pairs() or bool(config.contrastive_weight))
+        channels = states * shape.width + bool(config.attention_weight) * 2 * self.student.depth * shape.attention_width
+        return {"teacher's states": batches * self._tokens() * channels * self._teacher_bytes()}
 
     def _compared_states(self) -> dict[str, int]:
         """Copies of both models' states: with two tokenizers at the positions compared, and where widths differ
@@ -249,7 +285,9 @@ class _Memory:
         both = FLOAT32 * width + self._teacher_bytes() * teacher_width
         copies = self.two_tokenizers * both * (bool(self.config.kd_weight) + self._pairs())
         if width != teacher_width:
-            copies += self._pairs() * (HALF * (width + teacher_width) if self._is_half() else FLOAT32 * teacher_width)
+            copies += self._projections() * (
+                HALF * (width + teacher_width) if self._is_half() else FLOAT32 * teacher_width
+            )
         return {"states compared": copies * self._tokens()}
 
     @cached_property

@@ -29,6 +29,8 @@ class Shape:
     """Those that a token is multiplied with: of experts, the ones it is sent to."""
     widest: int
     """Channels of the widest state inside a block, of the experts that a token is sent to together."""
+    heads: int
+    """Of attention, those of its queries."""
     attention_width: int
     """Heads times their width."""
 
@@ -54,6 +56,7 @@ class Shape:
             matrices=sum(p.numel() for p in matrices),
             active=sum(active),
             widest=max(active) // text.hidden_size,
+            heads=heads,
             attention_width=heads * (getattr(text, "head_dim", None) or text.hidden_size // heads),
         )
 
