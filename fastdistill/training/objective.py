@@ -35,6 +35,7 @@ from fastdistill.training.measures import (
 )
 from fastdistill.training.models import parts
 from fastdistill.training.pairing import ONE_TOKENIZER, Pairing
+from fastdistill.training.router import RoutingFeatureLoss
 from fastdistill.training.schedule import course
 from fastdistill.training.teacher import TeacherStates
 from fastdistill.training.window import Counts, Losses
@@ -110,6 +111,7 @@ class DistillationModule(nn.Module):
             "layerwise": lambda: LayerwiseLoss.of(config, layer_map),
             "attention": lambda: AttentionLoss.of(config, student, teacher, layer_map),
             "attention_alignment": lambda: AttentionAlignmentLoss.of(config, teacher, layer_map),
+            "routing_feature": lambda: RoutingFeatureLoss.of(config, teacher, layer_map),
             "contrastive": lambda: ContrastiveLoss.of(config, layer_map),
         }
         components = [make() for name, make in build.items() if name in weights.active()]

@@ -35,10 +35,10 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def llama(layers: int, heads: int, width: int = 32, seed: int = 0) -> Any:
+def llama(layers: int, heads: int, width: int = 32, seed: int = 0, head_dim: int = 8) -> Any:
     """Of grouped queries, in float64."""
     shape: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
-    return moved(LlamaConfig(**SMALL, **shape, num_key_value_heads=max(1, heads // 2), head_dim=8), seed)
+    return moved(LlamaConfig(**SMALL, **shape, num_key_value_heads=max(1, heads // 2), head_dim=head_dim), seed)
 
 
 def gpt2(layers: int, seed: int = 0) -> Any:
@@ -141,7 +141,7 @@ def test_heads_that_follow_each_other_are_averaged_where_numbers_differ(student_
 
 
 def test_heads_may_be_paired():
-    student, teacher, batch = llama(2, 2), Teacher(llama(4, 4, seed=1)), batch_of("padded")
+    student, teacher, batch = llama(2, 2), Teacher(llama(4, 4, seed=1, head_dim=4)), batch_of("padded")
     heads = head_pairs("0:3,1:0,1:1", 2, 4)
     assert heads == [(0, 3), (1, 0), (1, 1)]
     total = loss_of(module_of(student, AttentionLoss(PAIRS, heads=heads)), teacher, batch)
