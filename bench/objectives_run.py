@@ -23,29 +23,29 @@ from fastdistill.training.config import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = 3
-ALONE, ALL = "kd + lm", "all seven"
+ALONE, ALL, ROUTED = "kd + lm", "all seven", "routing"
 WAYS: dict[str, dict[str, object]] = {
-    ALONE: {"layerwise-weight": 0},
+    ALONE: {"seeds": SEEDS, "layerwise-weight": 0},
     ALL: {
-        "layerwise-weight": 0.5, "attention-weight": 0.5, "attention-alignment-weight": 0.5,
+        "seeds": SEEDS, "layerwise-weight": 0.5, "attention-weight": 0.5, "attention-alignment-weight": 0.5,
         "routing-feature-weight": 0.2, "contrastive-weight": 0.1, "curriculum": "founding",
+    },
+    # Of all four of the teacher's blocks one is chosen in the end, which collapses most.
+    ROUTED: {
+        "layerwise-weight": 0, "routing-feature-weight": 0.5, "routing-top-k": 1, "layer-map": "0:0,0:1,1:2,1:3",
+        "max-steps": 500,
     },
 }  # fmt: skip
 """Flags beside those of the demo."""
 
 
-def run(flags: dict[str, object], folder: Path) -> list[dict[str, Any]]:
+def run(flags: dict[str, object], folder: Path) -> list[list[dict[str, Any]]]:
     """The logs of a run's students, seed by seed."""
-    given = {"seeds": SEEDS, "output-dir": folder, **flags}
-    command = [sys.executable, "train.py", "--no-baseline", "--no-tensorboard"]
-    subprocess.run(
-        [*command, *[part for item in given.items() for part in (f"--{item[0]}", str(item[1]))]], cwd=ROOT, check=True
-    )
-    logs = []
-    for seed in range(SEEDS):
-        lines = (folder / f"seed-{seed}" / "distilled" / "log.jsonl").read_text().splitlines()
-        logs.append([json.loads(line) for line in lines])
-    return logs
+    given = [part for name, value in {"output-dir": folder, **flags}.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, "train.py", "--no-baseline", "--no-tensorboard", *given]
+    subprocess.run(command, cwd=ROOT, check=True)
+    logs = sorted(folder.glob("seed-*/distilled/log.jsonl"))
+    return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
 
 
 def measure() -> dict[str, Any]:
@@ -55,10 +55,10 @@ def measure() -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown: held-out losses by seed, the shares of the first seed line by line, and all warnings."""
-    return "\n\n".join(
-        [losses_table(results["logs"]), shares_table(results["logs"][ALL][0]), warnings(results["logs"])]
-    )
+    """Markdown: held-out losses by seed; the first seed's shares and warnings; what the router did."""
+    logs = results["logs"]
+    both = {name: logs[name] for name in (ALONE, ALL)}
+    return "\n\n".join([losses_table(both), shares_table(logs[ALL][0]), warnings(both), loads_table(logs[ROUTED][0])])
 
 
 def losses_table(logs: dict[str, Any]) -> str:
@@ -86,6 +86,15 @@ def shares_table(log: list[dict[str, Any]]) -> str:
         parts = record["components"]
         shares = [f"{parts[name]['share']:.1%}" if name in parts else "" for name in names]
         lines.append([str(record["step"]), f"{record['total']:.3f}", *shares])
+    return markdown(lines, texts=0)
+
+
+def loads_table(log: list[dict[str, Any]]) -> str:
+    """Every fifth line of the log."""
+    records = [record["diagnostics"] | {"step": record["step"]} for record in log if record["event"] == "train"]
+    names = [name for name in records[0] if name.startswith("router")]
+    lines = [["step", *[name.removeprefix("router ") for name in names]]]
+    lines += [[str(record["step"]), *[f"{record[name]:.3g}" for name in names]] for record in records[4::5]]
     return markdown(lines, texts=0)
 
 

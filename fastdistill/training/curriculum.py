@@ -47,7 +47,7 @@ class Curriculum:
 
 
 def _first(start: float, total_steps: int) -> int:
-    # Of 0.7 * 10 in floating point, which is above 7, the ceiling is 7 as in arithmetic.
+    # Rounded first: 0.07 * 100 is above 7 in floating point.
     return math.ceil(round(start * total_steps, 6))
 
 

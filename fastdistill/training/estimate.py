@@ -21,7 +21,7 @@ from fastdistill.training.shapes import Shape, kept_bytes
 
 FLOAT32, HALF = 4, 2
 
-MAPS_AT_WORK = 3
+MAPS_AT_WORK = 5
 """Attention maps of one block that are alive for a moment beside those that are kept, measured on a CPU."""
 
 BACKWARD_WIDEST, TEACHER_WIDEST = 3, 5
@@ -61,7 +61,7 @@ class Estimate:
 
     memory: dict[str, int]
     moment: str
-    """"teacher", "loss", "maps" (of attention), "backward" or "end" (of the backward pass, and the optimizer)."""
+    """"teacher", "loss", "components" (those after kd and lm), "backward" or "end" (of it, and the optimizer)."""
     step_flops: int
     """Of an optimizer step of the distilled student."""
     run_flops: int | None
@@ -102,13 +102,7 @@ def estimate(
     """
     shapes = Shape.of(student), Shape.of(teacher)
     run = _Memory(config, *shapes, student, device, two_tokenizers)
-    moments = {
-        "teacher": run.teacher(),
-        "loss": run.loss(),
-        "maps": run.maps(),
-        "backward": run.backward(),
-        "end": run.end(),
-    }
+    moments = {moment: getattr(run, moment)() for moment in ("teacher", "loss", "components", "backward", "end")}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     memory = {part: size for part, size in (run.held() | moments[moment]).items() if size}
 
@@ -184,11 +178,11 @@ class _Memory:
             }
         )
 
-    def maps(self) -> dict[str, int]:
-        """When the last attention maps are made, the output heads being done with."""
-        kept, at_work = self._attention_maps()
+    def components(self) -> dict[str, int]:
+        """When the last attention maps or mixtures are made, the output heads being done with."""
+        own = {"attention maps": self._attention_maps(), "router's candidates": self._candidates()}
         others = {part: size for part, size in self.loss().items() if part != "a chunk of logits"}
-        return others | {"attention maps": kept + at_work} if kept else {}
+        return others | own if any(own.values()) else {}
 
     def backward(self) -> dict[str, int]:
         """In the student's last block, whose turn comes first."""
@@ -228,21 +222,28 @@ class _Memory:
     def _pairs(self) -> int:
         """Blocks whose outputs are compared; no rule of a map takes more but pairs written out."""
         config = self.config
-        return self.student.depth if config.layerwise_weight or config.attention_alignment_weight else 0
+        weights = config.layerwise_weight, config.attention_alignment_weight, config.routing_feature_weight
+        return self.student.depth * any(weights)
 
     def _projections(self) -> int:
         """Matrices to the teacher's width, of which each component has its own."""
         config = self.config
         each = bool(config.layerwise_weight) + bool(config.attention_alignment_weight)
-        return self.student.depth * each + bool(config.contrastive_weight)
+        return self.student.depth * each + bool(config.routing_feature_weight) + bool(config.contrastive_weight)
 
-    def _attention_maps(self) -> tuple[int, int]:
+    def _candidates(self) -> int:
+        """Bytes of what the router chooses from, layers being as many as the student's, and of a passing copy."""
+        states = bool(self.config.routing_feature_weight) * self.student.depth * self._tokens()
+        return 2 * FLOAT32 * states * self.teacher_shape.width
+
+    def _attention_maps(self) -> int:
         """Bytes of those kept for the backward pass, and of those of one block that are alive while they are made."""
         config, heads, teacher_heads = self.config, self.student.heads, self.teacher_shape.heads
         each = FLOAT32 * config.batch_size * config.seq_len**2
         kept = teacher_heads + heads * (2 if config.attention_loss == "mse" else 1) if config.attention_weight else 0
         kept += 2 * teacher_heads if config.attention_alignment_weight else 0
-        return kept * self.student.depth * each, MAPS_AT_WORK * max(heads, teacher_heads) * each
+        at_work = MAPS_AT_WORK * max(heads, teacher_heads) if kept else 0
+        return (kept * self.student.depth + at_work) * each
 
     def _trained(self) -> int:
         """Numbers that learn: the student's, and those of the projections to another width."""
@@ -285,9 +286,8 @@ class _Memory:
         both = FLOAT32 * width + self._teacher_bytes() * teacher_width
         copies = self.two_tokenizers * both * (bool(self.config.kd_weight) + self._pairs())
         if width != teacher_width:
-            copies += self._projections() * (
-                HALF * (width + teacher_width) if self._is_half() else FLOAT32 * teacher_width
-            )
+            each = HALF * (width + teacher_width) if self._is_half() else FLOAT32 * teacher_width
+            copies += self._projections() * each
         return {"states compared": copies * self._tokens()}
 
     @cached_property

@@ -15,6 +15,7 @@ from fastdistill.training.attention import AttentionLoss
 from fastdistill.training.balance import FARTHEST, KEPT, Balancer, gradient_norm
 from fastdistill.training.blocks import Batch, Inputs
 from fastdistill.training.config import Config, UsageError
+from fastdistill.training.curriculum import Curriculum
 from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.memory import most_allocated
 from fastdistill.training.models import parts
@@ -130,6 +131,29 @@ def test_norms_are_of_the_gradient_at_the_embedded_tokens(teacher):
     assert embedding.weight.grad is not None
     for name, norm in seen.items():
         torch.testing.assert_close(measured.diagnostics[name], norm, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_are_measured_where_the_curriculum_switches():
+    curriculum = Curriculum("layerwise:0.45,attention:0.7", ["kd", "lm", "layerwise", "attention"])
+    weights = {"kd": 0.5, "lm": 0.5, "layerwise": 0.1, "attention": 0.1}
+    module = module_with(Balancer(["layerwise", "attention"], "gradient", every=4), **weights)
+    module.curriculum, measured = curriculum, []
+    for step in (*range(10), 6):  # once more, as a run that goes on
+        module.begin(step, 10)
+        measured.append((step, module.measures_gradients))
+    assert [step for step, is_measured in measured if is_measured] == [0, 4, 5, 7, 8]
+
+
+def test_kd_may_begin_later(teacher):
+    some, module = batch(), module_with(None, kd=0.5, lm=0.5)
+    module.curriculum = Curriculum("kd:0.5", ["kd", "lm"])
+    totals = []
+    for step in (0, 1):
+        module.begin(step, 2)
+        losses = module(some, teacher(some.teacher) if module.needs_teacher else None, module.count([some]))
+        torch.testing.assert_close(losses.total, 0.5 * torch.stack([*losses.raw.values()]).sum())
+        totals.append(set(losses.raw))
+    assert totals == [{"lm"}, {"kd", "lm"}]
 
 
 def test_a_small_gradient_is_not_lost_in_half_precision():

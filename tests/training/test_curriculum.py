@@ -31,9 +31,15 @@ def test_the_founding_curriculum_begins_at_its_shares_of_the_run():
 
 @pytest.mark.parametrize(("total", "first"), [(10, 7), (7, 5), (1000, 700), (3, 3)])
 def test_a_component_begins_with_the_first_step_at_or_after_its_share(total, first):
-    """0.7 of 10 steps is after 7 of them, though 0.7 * 10 is above 7 in floating point; of 3, never."""
+    """Of 3 steps 0.7 is never."""
     active = [step for step in range(total) if "contrastive" in Curriculum("founding", ALL).active(step, total)]
     assert active == list(range(first, total))
+
+
+def test_a_share_of_the_steps_is_as_in_arithmetic():
+    """In floating point 0.07 * 100 is above 7."""
+    curriculum = Curriculum("layerwise:0.07", ["kd", "layerwise"])
+    assert [step for step in range(10) if "layerwise" in curriculum.active(step, 100)] == [7, 8, 9]
 
 
 def test_steps_are_announced_counted_from_1():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from contextlib import contextmanager, nullcontext
@@ -23,7 +24,6 @@ from fastdistill.training import (
     verify_run,
     verify_training,
 )
-from fastdistill.training.capture import Wanted
 from fastdistill.training.guard import MovementGuard
 from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.objective import DistillationModule
@@ -188,7 +188,7 @@ def nothing_skipped(function: Any) -> Any:
 
 
 def another_block(function: Any) -> Any:
-    return property(lambda self: Wanted(outputs=frozenset({0})))
+    return lambda config, layer_map: function(config, dataclasses.replace(layer_map, pairs=((0, 0),)))
 
 
 def falls_to_nothing(function: Any) -> Any:
@@ -333,7 +333,7 @@ FAULTS = {
     "first positions of training not left out":
         ("Code Structure", "layerwise, of documents", blocks.Inputs, "past_first", nothing_skipped),
     "another block of the teacher":
-        ("Code Structure", "layerwise, of documents", DistillationModule, "of_teacher", another_block),
+        ("Code Structure", "layerwise, of documents", LayerwiseLoss, "of", another_block),
     "KL the other way round":
         ("Losses", "softmax_kl, forward_kl", softmax_kl_torch, "_DIVERGENCES", swapped),
     "JSD the other way round":
