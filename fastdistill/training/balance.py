@@ -43,7 +43,7 @@ class Balancer(nn.Module):
 
     def factor(self, name: str) -> Tensor | float:
         """1 for a component that has none, and until both sizes are known."""
-        if name == MAIN or name not in self.names:
+        if name not in self.names:
             return 1.0
         factor = self.get_buffer(MAIN) / self.get_buffer(name)
         return torch.where(factor.isfinite(), factor.clamp(1 / FARTHEST, FARTHEST), 1.0)

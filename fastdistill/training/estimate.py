@@ -89,8 +89,8 @@ def estimate(
 
     Operations: a backward pass takes twice those of the forward pass, so 6 a parameter and token for the student and
     2 for the teacher (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), both with their heads and attention;
-    with gradient checkpointing the student's blocks go forward twice. Evaluation, norms, softmaxes and the optimizer
-    are left out, and so is the training of the demo's teacher.
+    with gradient checkpointing the student's blocks go forward twice. Evaluation, norms, softmaxes, the optimizer and
+    what components beside kd and lm compute are left out, and so is the training of the demo's teacher.
 
     Args:
         student, teacher: their configurations, the student's as it is trained, of fewer layers than its teacher.

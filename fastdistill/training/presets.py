@@ -36,17 +36,20 @@ PRESETS = {
         "GPT-2 (124M) into its 6 most important layers (82M), on WikiText-103.\n"
         "By arithmetic, not measured: 5.3 GB at fp16; 8.1e16 FLOP, 7.3 h on a P100 at a third of its 9.3 TFLOP/s",
     ),
-    # The founding run's. Its layerwise loss, the bare squared error of all positions, is logged and not trained on.
+    # The founding run's seven losses. Its layerwise one, the bare squared error of all positions, is logged and not
+    # trained on.
     "postmortem": Preset(
         {
             "batch_size": 2, "grad_accum": 8, "seq_len": 512, "epochs": 1.0,
-            "kd_weight": 0.5, "lm_weight": 0.5, "layerwise_weight": 0.05,
+            "kd_weight": 0.5, "lm_weight": 0.5, "layerwise_weight": 0.05, "attention_weight": 0.1,
+            "attention_alignment_weight": 0.3, "routing_feature_weight": 0.1, "contrastive_weight": 0.05,
+            "curriculum": "founding",
             "layerwise_loss": "layer_norm", "layerwise_skip_first": 1, "layer_map": "auto",
             "log_steps": 100, "detail_steps": 1000, "eval_steps": 500, "save_steps": 1000,
         },
         "the founding run's settings; name its --teacher and --student HuggingFaceTB/SmolLM-135M.\n"
         "By arithmetic, not measured, with a stand-in of 1.0B for the teacher:\n"
-        "7.1 GB at fp16; 3.9e16 FLOP, 3.5 h on a P100 at a third of its 9.3 TFLOP/s",
+        "11.4 GB at fp16; 3.9e16 FLOP, 3.5 h on a P100 at a third of its 9.3 TFLOP/s",
     ),
     "smollm": Preset(
         {
