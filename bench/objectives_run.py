@@ -9,9 +9,11 @@ python -m bench.objectives_run table docs/objectives-run.json
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -23,13 +25,14 @@ from fastdistill.training.config import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = 3
-ALONE, ALL, ROUTED = "kd + lm", "all seven", "routing"
+ALONE, ALL, LOUD, ROUTED = "kd + lm", "all seven", "kd + lm + 0.5 attention", "routing"
 WAYS: dict[str, dict[str, object]] = {
     ALONE: {"seeds": SEEDS, "layerwise-weight": 0},
     ALL: {
-        "seeds": SEEDS, "layerwise-weight": 0.5, "attention-weight": 0.5, "attention-alignment-weight": 0.5,
-        "routing-feature-weight": 0.2, "contrastive-weight": 0.1, "curriculum": "founding",
+        "seeds": SEEDS, "layerwise-weight": 0.5, "attention-weight": 0.05, "attention-alignment-weight": 0.1,
+        "routing-feature-weight": 0.1, "contrastive-weight": 0.02, "curriculum": "founding",
     },
+    LOUD: {"seeds": SEEDS, "layerwise-weight": 0, "attention-weight": 0.5},
     # Of all four of the teacher's blocks one is chosen in the end, which collapses most.
     ROUTED: {
         "layerwise-weight": 0, "routing-feature-weight": 0.5, "routing-top-k": 1, "layer-map": "0:0,0:1,1:2,1:3",
@@ -43,22 +46,24 @@ def run(flags: dict[str, object], folder: Path) -> list[list[dict[str, Any]]]:
     """The logs of a run's students, seed by seed."""
     given = [part for name, value in {"output-dir": folder, **flags}.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "train.py", "--no-baseline", "--no-tensorboard", *given]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     logs = sorted(folder.glob("seed-*/distilled/log.jsonl"))
     return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
 
 
 def measure() -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        logs = {name: run(flags, Path(folder) / str(number)) for number, (name, flags) in enumerate(WAYS.items())}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        folders = [Path(folder) / str(number) for number in range(len(WAYS))]
+        logs = dict(zip(WAYS, pool.map(run, WAYS.values(), folders), strict=True))
     return {"machine": machine(), "flags": WAYS, "logs": logs}
 
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: held-out losses by seed; the first seed's shares and warnings; what the router did."""
     logs = results["logs"]
-    both = {name: logs[name] for name in (ALONE, ALL)}
-    return "\n\n".join([losses_table(both), shares_table(logs[ALL][0]), warnings(both), loads_table(logs[ROUTED][0])])
+    of_seeds = {name: logs[name] for name in (ALONE, ALL, LOUD)}
+    parts = [losses_table(of_seeds), shares_table(logs[ALL][0]), warnings(of_seeds), loads_table(logs[ROUTED][0])]
+    return "\n\n".join(parts)
 
 
 def losses_table(logs: dict[str, Any]) -> str:
@@ -69,8 +74,10 @@ def losses_table(logs: dict[str, Any]) -> str:
         for kind, chosen in (("last", [each[-1] for each in losses]), ("best", [min(each) for each in losses])):
             found[kind].append(chosen)
             lines.append([f"{name}, {kind}", *numbers(chosen)])
-    for kind, (alone, both) in found.items():
-        lines.append([f"difference, {kind}", *numbers([b - a for a, b in zip(alone, both, strict=True)], sign="+")])
+    for kind, (alone, *others) in found.items():
+        for name, losses in zip([*logs][1:], others, strict=True):
+            apart = [other - own for own, other in zip(alone, losses, strict=True)]
+            lines.append([f"{name}, {kind}, less {ALONE}", *numbers(apart, sign="+")])
     return markdown(lines, texts=1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from fastdistill.training import verify_losses, verify_training
+from fastdistill.training import verify_components, verify_losses, verify_training
 
 Check = Callable[[], list[str]]
 
@@ -16,6 +16,7 @@ CHECKS: dict[str, Check] = {
     "Issue #2: Sequence Length Alignment": verify_losses.sequence_alignment,
     "Code Structure": verify_training.code_structure,
     "Losses": verify_losses.losses,
+    "Components": verify_components.components,
     "Training": verify_training.training,
     "Resume": verify_training.resume,
     "Evaluation": verify_training.evaluation,

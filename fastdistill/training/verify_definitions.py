@@ -63,5 +63,30 @@ def layer_error(form: str, s: Tensor, t: Tensor) -> Tensor:
     return error / ((t**2).mean(-1) + 1e-5) if form == "teacher_rms" else error
 
 
+def alignment(s: Tensor, t: Tensor, heads: int) -> Tensor:
+    """KL between what states `[S, D]` of teacher and student, as queries, find among the teacher's before them; of all
+    positions but the first.
+    """
+    values = []
+    s, t = ((x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() for x in (s, t))
+    for i in range(1, len(t)):
+        each = []
+        for a, b, keys in zip(s[i].chunk(heads), t[i].chunk(heads), t[:i].chunk(heads, -1), strict=True):
+            found, truth = (((keys @ query) / len(query) ** 0.5).softmax(-1) for query in (a, b))
+            each.append(kl(truth, found))
+        values.append(torch.stack(each).mean())
+    return torch.stack(values)
+
+
+def contrast(s: Tensor, t: Tensor, temperature: float) -> Tensor:
+    """How unlikely each state `[S, D]` is to be taken for its counterpart, by cosines of what is not common to all; the
+    mean of both directions.
+    """
+    s, t = ((x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() for x in (s, t))
+    s, t = ((x - x.mean(0)) / (x - x.mean(0)).norm(dim=-1, keepdim=True) for x in (s, t))
+    scores = s @ t.T / temperature
+    return -(scores.softmax(-1).diag().log() + scores.softmax(0).diag().log()) / 2
+
+
 def mean(values: Tensor, weights: Tensor) -> Tensor:
     return (weights * values).sum() / weights.sum()

@@ -13,17 +13,23 @@ import torch
 
 from fastdistill import __main__, cross_vocab, heads, hidden_states, layer_loss_torch, losses, softmax_kl_torch
 from fastdistill.training import (
+    attention,
     blocks,
     checkpoint,
+    component,
+    curriculum,
     engine,
     evaluate,
+    info_nce,
     measures,
     random_state,
+    router,
     verify,
     verify_losses,
     verify_run,
     verify_training,
 )
+from fastdistill.training.attention_alignment import AttentionAlignmentLoss
 from fastdistill.training.guard import MovementGuard
 from fastdistill.training.layerwise import LayerwiseLoss
 from fastdistill.training.objective import DistillationModule
@@ -35,7 +41,17 @@ LAYERWISE, LENGTHS = "Issue #1: Layerwise Loss Normalization", "Issue #2: Sequen
 def test_it_is_green_and_shows_the_numbers(capsys):
     assert verify.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    titles = [LAYERWISE, LENGTHS, "Code Structure", "Losses", "Training", "Resume", "Evaluation", "Kernels"]
+    titles = [
+        LAYERWISE,
+        LENGTHS,
+        "Code Structure",
+        "Losses",
+        "Components",
+        "Training",
+        "Resume",
+        "Evaluation",
+        "Kernels",
+    ]
     assert [line for line in lines if "✓" in line] == [
         *(f"✓ {title} - VERIFIED" for title in titles),
         "✓ ALL FIXES VERIFIED SUCCESSFULLY!",
@@ -191,6 +207,14 @@ def another_block(function: Any) -> Any:
     return lambda config, layer_map: function(config, dataclasses.replace(layer_map, pairs=((0, 0),)))
 
 
+def sees_what_comes_after(function: Any) -> Any:
+    def faulty(self, itself):
+        seen = function(self, itself=itself)
+        return seen | (seen.mT & seen.any(-1, keepdim=True))
+
+    return faulty
+
+
 def falls_to_nothing(function: Any) -> Any:
     return lambda step, **keywords: function(step, **keywords) if step < 2 else 1e-9
 
@@ -334,6 +358,31 @@ FAULTS = {
         ("Code Structure", "layerwise, of documents", blocks.Inputs, "past_first", nothing_skipped),
     "another block of the teacher":
         ("Code Structure", "layerwise, of documents", LayerwiseLoss, "of", another_block),
+    "attention the other way round":
+        ("Components", "attention, of documents", attention, "_FORMS",
+         lambda forms: {name: lambda s, t, form=form: form(t, s) for name, form in forms.items()}),
+    "attention to what comes after":
+        ("Components", "attention, of documents", component.Counterparts, "visible", sees_what_comes_after),
+    "a position aligned with itself":
+        ("Components", "attention_alignment, of documents", component.Counterparts, "visible",
+         lambda function: lambda self, itself: function(self, itself=True)),
+    "alignment's positions that see nothing counted":
+        ("Components", "attention_alignment, of documents", AttentionAlignmentLoss, "count",
+         lambda function: lambda self, batch: batch.mask.sum()),
+    "a router's loss twice as large":
+        ("Components", "routing_feature, of documents", router, "_distance",
+         lambda function: lambda *arguments: 2 * function(*arguments)),
+    "load balance a sum":
+        ("Components", "load balance", router, "_mean", lambda function: lambda values, mask: values.sum((0, 1))),
+    "contrast without its temperature":
+        ("Components", "contrastive, of documents", info_nce, "_log_shares",
+         lambda function: lambda queries, others, among, temperature: function(queries, others, among, 1.0)),
+    "contrast of what all have in common":
+        ("Components", "contrastive, of documents", info_nce, "_directions",
+         lambda function: lambda states, candidates: torch.nn.functional.normalize(states, dim=-1)),
+    "a curriculum that begins a step late":
+        ("Components", "curriculum begins", curriculum, "_first",
+         lambda function: lambda start, steps: function(start, steps) + (start > 0)),
     "KL the other way round":
         ("Losses", "softmax_kl, forward_kl", softmax_kl_torch, "_DIVERGENCES", swapped),
     "JSD the other way round":
