@@ -139,6 +139,9 @@ class Router(nn.Module):
         super().__init__()
         self.capacity = nn.Linear(width, 1)
         self.importance = nn.Linear(width, 1, bias=False)
+        # Nothing is preferred at first, and all processes begin alike.
+        for parameter in (*self.capacity.parameters(), *self.importance.parameters()):
+            nn.init.zeros_(parameter)
         self.preference = nn.Parameter(torch.zeros(count))
         self.log_reach = nn.Parameter(torch.zeros(1))  # of one dimension: FSDP2 takes none of 0
 

@@ -59,6 +59,28 @@ def test_two_processes_are_one_with_their_global_batch(launch, records, smooth_t
     assert "2 processes" in (two / "teacher.json").read_text()
 
 
+COMPONENTS = {
+    "attention_weight": 0.1, "attention_alignment_weight": 0.1, "routing_feature_weight": 0.1,
+    "contrastive_weight": 0.1, "curriculum": "founding", "layer_map": "0:0,0:1,1:2,1:3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [{"balance": "gradient", "balance_steps": 2}, {"shard": True}], ids=["DDP", "FSDP2"])
+def test_components_that_begin_later_are_the_same_in_two_processes(launch, records, smooth_teacher, how):
+    """The micro-batches are the same, and so are the means over them."""
+    alone = {name: value for name, value in how.items() if name != "shard"}
+    one = launch("one", 1, teacher=smooth_teacher, grad_accum=2, **COMPONENTS, **alone)
+    two = launch("two", 2, teacher=smooth_teacher, **COMPONENTS, **how)
+    assert difference(one, two) < 1e-4
+    logs = [[r for r in records(run / STAGE / "log.jsonl") if r["event"] == "train"] for run in (one, two)]
+    assert set(logs[0][0]["components"]) == {"kd", "lm"}
+    assert len(logs[0][-1]["components"]) == 8
+    for a, b in zip(*logs, strict=True):
+        for name, part in a["components"].items():
+            assert part == pytest.approx(b["components"][name], rel=2e-3, abs=1e-6)
+        assert a["diagnostics"] == pytest.approx(b["diagnostics"], rel=2e-3, abs=1e-6)
+
+
 def test_sharded_processes_are_one_too_and_go_on_as_they_were(launch, smooth_teacher, teacher_folder):
     one = launch("one", 1, teacher=smooth_teacher, grad_accum=2, max_steps=3)
     sharded = launch("sharded", 2, teacher=smooth_teacher, shard=True, teacher_device="sharded", max_steps=3)

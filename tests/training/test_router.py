@@ -70,10 +70,11 @@ def seen(source: str, batch: Batch, progress: float = 0.25) -> Seen:
     teacher, student = make(FAMILIES[family]), small_student()
     loss = RoutingFeatureLoss.of(Config(routing_over=over), teacher, MAP).double()
     loss.begin(progress)
+    torch.manual_seed(4)
     with torch.no_grad():
-        loss.router.preference.normal_()
+        for parameter in loss.router.parameters():
+            parameter.normal_()
         loss.router.log_reach.fill_(0.7)
-        loss.router.capacity.weight.mul_(3)
     captured = []
     for model, inputs, wanted in ((student, batch.student, loss.of_student), (teacher, batch.teacher, loss.of_teacher)):
         with capturing(parts(model).blocks, wanted) as found, torch.no_grad():
@@ -333,6 +334,19 @@ def test_fewer_are_chosen_until_half_of_the_run_and_more_sharply_until_its_end()
     assert [chosen(progress, 4, 1) for progress in (0.0, 0.1, 0.25, 0.4, 0.5, 1.0)] == [4, 3, 2, 2, 1, 1]
     assert {chosen(progress, 3, 8) for progress in (0.0, 0.3, 1.0)} == {3}
     assert [sharpness(progress) for progress in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([2, 2**0.5, 1, 0.5])
+
+
+def test_at_first_nothing_is_preferred_whatever_the_seed():
+    """All processes must begin alike, and their generators need not."""
+    given, seeds = seen("layers", one_tokenizer(), 0.0), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loss = RoutingFeatureLoss.of(Config(), make(FAMILIES["llama"]), MAP).double()
+        seeds.append(loss.state_dict())
+        diagnostics = given._replace(loss=loss)().diagnostics
+        assert diagnostics["router entropy"].item() == pytest.approx(math.log(3))
+        assert diagnostics["router capacity"].item() == 0.5
+    assert all(torch.equal(value, seeds[1][name]) for name, value in seeds[0].items())
 
 
 def test_each_step_of_a_run_begins_with_its_own():
