@@ -18,11 +18,11 @@ from fastdistill.training.results import phases_of, step_times
 from fastdistill.training.run_files import BASELINE, DISTILLED, Run, Stage
 
 _RECIPES = {BASELINE: ("cross-entropy only", "tab:orange"), DISTILLED: ("distilled", "tab:blue")}
-_PARTS = ("tab:purple", "tab:green", "tab:gray", "tab:olive", "tab:cyan", "tab:pink")
+_PARTS = ("tab:purple", "tab:green", "tab:gray", "tab:olive", "tab:cyan", "tab:pink", "tab:brown", "tab:red")
 
 # Inches: a panel, its margins for labels and legend, and what stands below all panels of an image.
-_WIDTH, _HEIGHT = 5.0, 3.7
-_LEFT, _BOTTOM, _FOOTER = 0.75, 0.95, 0.3
+_WIDTH, _HEIGHT = 5.0, 3.85
+_LEFT, _BOTTOM, _FOOTER = 0.75, 1.1, 0.3
 _POINTS = 400
 
 _T = TypeVar("_T")

@@ -389,7 +389,7 @@ def test_images_open_and_tell_what_made_them(a_run):
     report.write(folder)
     for name, panels in {"curves": 2, "shares": 1, "optimizer": 2, "speed": 1}.items():
         with Image.open(folder / f"{name}.png") as image:
-            assert image.size == (600 * panels, 480), name
+            assert image.size == (600 * panels, 498), name
             pixels = image.convert("RGB").getcolors(1 << 20) or []
             colored = sum(count for count, color in pixels if max(color) - min(color) > 60)  # letters and axes are gray  # pyright: ignore[reportArgumentType]
             assert colored > 200 * panels, name

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, MixtralConfig, Qwen2MoeConfig
 
 from fastdistill import reference
 from fastdistill.training import router
@@ -26,6 +26,7 @@ from fastdistill.training.objective import DistillationModule
 from fastdistill.training.pairing import ONE_TOKENIZER
 from fastdistill.training.router import Experts, Layers, RoutingFeatureLoss, chosen, sharpness
 from fastdistill.training.teacher import Teacher
+from tests.training.conftest import STAGE
 from tests.training.families import EXPERTS, FAMILIES, GROUPED, make
 
 MAP = LayerMap(((0, 0), (0, 1), (1, 1), (1, 3)), "0:0,0:1,1:1,1:3", 4, (8, 16))
@@ -535,3 +536,22 @@ def test_experts_are_those_of_the_last_block_that_has_any():
 def test_a_teacher_without_experts_is_refused():
     with pytest.raises(UsageError, match=r"--routing-over experts: no block of GPT2LMHeadModel, the teacher, has"):
         RoutingFeatureLoss.of(Config(routing_over="experts"), make(FAMILIES["gpt2"]), MAP)
+
+
+def test_a_run_over_the_experts_of_its_teacher(run, records, teacher_folder, tmp_path):
+    """The student is dense, and narrower."""
+    path, student = tmp_path / "mixtral", tmp_path / "student"
+    shape = {**GROUPED, "vocab_size": 300, "num_local_experts": 4}
+    make(MixtralConfig(**shape)).save_pretrained(path)
+    make(LlamaConfig(**{**GROUPED, "vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 8})).save_pretrained(
+        student
+    )
+    for folder in (path, student):
+        AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
+    flags = {"routing_feature_weight": 0.5, "routing_over": "experts", "routing_top_k": 1, "layerwise_weight": 0.0}
+    log = records(run(teacher=path, student=student, **flags) / STAGE / "log.jsonl")
+    train = [record for record in log if record["event"] == "train"]
+    assert [record["diagnostics"]["router k"] for record in train] == [2, 2, 1, 1, 1, 1]
+    for record in train:
+        assert {"routing_feature", "load_balance"} < set(record["components"])
+        assert 0 <= record["diagnostics"]["router load, smallest"] < record["diagnostics"]["router load, largest"] < 1

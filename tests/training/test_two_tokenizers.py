@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from fastdistill.training.blocks import collate, cut
-from fastdistill.training.config import Config, UsageError
+from fastdistill.training.config import COMPONENTS, Config, UsageError
 from fastdistill.training.demo import train_tokenizer
 from fastdistill.training.engine import make_optimizer
 from fastdistill.training.evaluate import evaluate
@@ -53,6 +53,7 @@ def student_folder(tmp_path_factory, text_file) -> Path:
         {"cross_vocab": "sorted"},
         {"packing": "padded"},
         {"layerwise_weight": 0.5, "layerwise_skip_first": 1},
+        {f"{name}_weight": 0.1 for name in COMPONENTS[2:]},
     ],
 )
 def test_it_trains_evaluates_and_reports(run, student_folder, capsys, how):
@@ -65,7 +66,9 @@ def test_it_trains_evaluates_and_reports(run, student_folder, capsys, how):
     assert [record["step"] for record in records] == list(range(1, 7))
     assert all(math.isfinite(record["total"]) for record in records)
     assert all(part["raw"] > 0 for record in records for part in record["components"].values())
-    assert set(records[0]["components"]) == {"kd", "lm"} | ({"layerwise"} if "layerwise_weight" in how else set())
+    others = {name.removesuffix("_weight") for name in how if name.endswith("_weight")}
+    others |= {"load_balance"} if "routing_feature" in others else set()
+    assert set(records[0]["components"]) == {"kd", "lm"} | others
     results = json.loads((folder / "results.json").read_text())["rows"]
     teacher, untrained, *_, last = (row["evaluation"] for row in results)
     assert last["loss"] < untrained["loss"]
