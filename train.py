@@ -89,7 +89,8 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     check_fit(teacher_model, config, "teacher")
     with accelerator.main_process_first():
         untrained, layer_map = obtain_student(config, teacher_model, all_text.sample, output / "student_layers.json")
-    if config.layerwise_weight:
+    # Here once, so that a loss that cannot be had is refused before anything is trained.
+    if DistillationModule.of(config, untrained, teacher_model, layer_map, pairing).components:
         say(layer_map.picture(config.projection))
     teacher = Teacher(teacher_model, accelerator.device, shard=config.teacher_device == "sharded")
     itself = {"batch_size": config.batch_size, "teacher": Teacher(teacher_model), "accelerator": accelerator}
@@ -100,12 +101,13 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     deadline = started + 3600 * config.max_hours if config.max_hours else None
     for seed in range(config.seed, config.seed + config.seeds):
         text = all_text.draw(config.data_share, seed)
-        recipes = {"ce-only": config.without_teacher()} if config.baseline else {}
-        for name, recipe in {**recipes, "distilled": config}.items():
+        baseline = {"ce-only": config.without_teacher()} if config.baseline else {}
+        for name, recipe in {**baseline, "distilled": config}.items():
             folder = output / f"seed-{seed}" / name
             stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer, deadline)
-            say(f"\n{name}, seed {seed}: {stage.total_steps(accelerator.num_processes)} steps on {text.describe()}")
             module = DistillationModule.of(recipe, copy.deepcopy(untrained), teacher_model, layer_map, pairing)
+            steps = stage.total_steps(accelerator.num_processes)
+            say(f"\n{name}, seed {seed}: {steps} steps on {text.describe()}{module.announced(steps)}")
             result = train(stage, module, teacher, accelerator, precision)
             best.setdefault(name, stage.best_folder(result.best_step))  # of the first seed
 
@@ -175,8 +177,6 @@ def train(
     )  # fmt: skip
     movement, module.clock, first, before = MovementGuard(), clock, now.step + 1, (now.samples, None)
     pending, stopping = None, False
-    if module.curriculum and (plan := module.curriculum.describe(steps)):
-        say(plan)
 
     def evaluate_held_out() -> None:
         """Of the weights, or of their mean; as a model they are kept when they are the best so far."""

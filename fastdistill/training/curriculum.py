@@ -43,7 +43,7 @@ class Curriculum:
             begins.setdefault(_first(start, total_steps) + 1, []).append(name)
         if begins.keys() <= {1}:
             return ""
-        return "curriculum: " + "; ".join(f"from step {step} {', '.join(begins[step])}" for step in sorted(begins))
+        return "; ".join(f"from step {step} {', '.join(begins[step])}" for step in sorted(begins))
 
 
 def _first(start: float, total_steps: int) -> int:

@@ -131,6 +131,11 @@ class DistillationModule(nn.Module):
             drop_masked=config.packing == "padded",
         )
 
+    def announced(self, total_steps: int) -> str:
+        """For the log, a line of its own: at which steps components begin; empty if all are there from the start."""
+        plan = self.curriculum.describe(total_steps) if self.curriculum else ""
+        return plan and f"\ncurriculum: {plan}"
+
     def begin(self, step: int, total_steps: int) -> None:
         """Set what an optimizer step is to know of its number, `step`, 0-based: temperature, curriculum, schedules."""
         changed, progress = step == 0, step / max(1, total_steps - 1)

@@ -44,7 +44,7 @@ def test_a_share_of_the_steps_is_as_in_arithmetic():
 
 def test_steps_are_announced_counted_from_1():
     announced = Curriculum("founding", ["kd", "lm", "layerwise", "attention"]).describe(20)
-    assert announced == "curriculum: from step 1 kd, lm; from step 3 attention; from step 9 layerwise"
+    assert announced == "from step 1 kd, lm; from step 3 attention; from step 9 layerwise"
     assert Curriculum("layerwise:0.25", ["kd", "layerwise"]).describe(8).endswith("from step 3 layerwise")
     assert Curriculum("none", ALL).describe(20) == ""
     assert Curriculum("founding", ["kd", "lm"]).describe(20) == ""
@@ -159,3 +159,17 @@ def test_the_report_of_such_a_run_tells_its_recipe(run):
     assert "balanced by magnitude" in recipe
     settings = json.loads((folder / "config.json").read_text())
     assert settings["curriculum"] == "founding"
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"contrastive_weight": 1, "contrastive_negatives": "texts", "batch_size": 1}, "--contrastive-negatives texts"),
+        ({"routing_feature_weight": 1, "routing_over": "experts"}, "--routing-over experts"),
+        ({"attention_weight": 1, "head_map": "0:9"}, "--head-map 0:9"),
+    ],
+)
+def test_a_loss_that_cannot_be_had_is_refused_before_the_baseline_is_trained(run, tmp_path, capsys, how, message):
+    run(baseline=True, expect=2, **how)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("run/seed-*"))
