@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from fastdistill.training import engine
+from fastdistill.training.config import COMPONENTS
 from fastdistill.training.evaluate import Evaluation
 from fastdistill.training.loading import DTYPES, load
 from fastdistill.training.student import build_student, kept_layers
@@ -140,6 +141,12 @@ def test_checkpointed_activations_change_no_number(run, records, monkeypatch, as
     saving = run("saving", precision=precision, gradient_checkpointing=True)
     assert calls[True] - seen == 2 * seen > 0
     assert_same_run(saving, whole)
+
+
+def test_checkpointed_activations_change_no_component(run, assert_same_run):
+    """Queries, keys and outputs are kept of the first pass, and gradients measured through blocks computed again."""
+    how = {f"{name}_weight": 0.1 for name in COMPONENTS[2:]} | {"balance": "gradient", "balance_steps": 2}
+    assert_same_run(run("saving", gradient_checkpointing=True, **how), run("whole", **how))
 
 
 def test_tensorboard_has_the_numbers_of_the_log(run, records):
