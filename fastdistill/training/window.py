@@ -25,7 +25,7 @@ class Losses(NamedTuple, Generic[Number]):
     diagnostics: dict[str, Number]
 
     def flat(self, share: float) -> dict[str, Number]:
-        """All by name, without gradients, to be added up over a window of which this micro-batch is `share`: what is a
+        """All by name, to be added up over a window of which this micro-batch is `share`: what is a
         mean already is multiplied by it.
         """
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -385,7 +386,7 @@ def step(forward: Any, module: DistillationModule, teacher: Teacher, batch: Batc
     losses = forward(batch, teacher(batch.teacher, module.of_teacher), counts)
     (ranks * losses.total).backward()
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-    return {"losses": losses.flat(1 / ranks), "gradients": gradients}
+    return {"losses": {n: x.detach() for n, x in losses.flat(1 / ranks).items()}, "gradients": gradients}
 
 
 def run_rank(rank: int, folder: Path) -> None:
@@ -396,11 +397,12 @@ def run_rank(rank: int, folder: Path) -> None:
     results = step(ddp, module, teacher, rows_of(whole_batch(), rank), RANKS)
     half = batch_of(["xxxx"] * (ENOUGH_TEXTS // RANKS))
     terms = told(ContrastiveLoss(PAIRS), states(half, 5, seed=rank), states(half, 5, seed=rank + 2), half)
-    results["auto"] = terms.diagnostics["contrastive chance"]
+    results["auto"] = terms.diagnostics["contrastive chance"].detach()
     layer_map = LayerMap(((0, 0),), "0:0", 1, (8, 8))
     ContrastiveLoss.of(Config(contrastive_negatives="texts", batch_size=1), layer_map)  # one each is two
     torch.save(results, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # was once seen to hang where PyTorch takes down what it has for processes, after all was done
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of PyTorch has no gloo")
