@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdistill.training.attention_maps import log_attention, map_kl
 from fastdistill.training.blocks import Batch
 from fastdistill.training.capture import Captured, Wanted
-from fastdistill.training.component import Component, Counterparts, Terms, projection
+from fastdistill.training.component import Component, Counterparts, Terms, normalised, projection
 from fastdistill.training.config import Config
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.window import Counts
@@ -72,5 +71,4 @@ class AttentionAlignmentLoss(Component):
 
     def _split(self, states: Tensor) -> Tensor:
         """Layer-normalised `[B, S, D]` by heads, `[B, H, S, D / H]`."""
-        states = F.layer_norm(states if states.dtype == torch.float64 else states.float(), states.shape[-1:])
-        return states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return normalised(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastdistill.reference import compute_dtype
+
 HIDDEN = torch.finfo(torch.float32).min
 """A score that no softmax sees, and that makes no NaN of a row that sees nothing."""
 
@@ -20,8 +22,7 @@ def log_attention(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> 
         visible: bool, `[B, S, S]`: whether a query (row) sees a key. What it does not see has log-weight `HIDDEN` or
             near it, so that its weight is 0.
     """
-    if query.dtype != torch.float64:
-        query, key = query.float(), key.float()
+    query, key = query.to(compute_dtype(query)), key.to(compute_dtype(key))
     with torch.autocast(query.device.type, enabled=False):
         key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         scores = (scale * query) @ key.mT

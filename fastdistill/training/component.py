@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdistill.reference import compute_dtype
 from fastdistill.training.blocks import Batch
 from fastdistill.training.capture import Captured, Wanted
 from fastdistill.training.window import Counts
@@ -79,6 +81,16 @@ class Counterparts(NamedTuple):
         earlier = torch.ones(size, size, dtype=torch.bool, device=self.mask.device).tril(0 if itself else -1)
         same = self.documents[:, :, None] == self.documents[:, None, :]
         return earlier & same & self.mask[:, None, :] & self.mask[:, :, None]
+
+
+def wide(values: Tensor) -> Tensor:
+    """In the type that losses compute in: fp32, or of fp64 fp64."""
+    return values.to(compute_dtype(values))
+
+
+def normalised(states: Tensor) -> Tensor:
+    """`[..., D]` with mean 0 and variance 1 over D, `wide`."""
+    return F.layer_norm(wide(states), states.shape[-1:])
 
 
 def projection(widths: tuple[int, int] | None, kind: str) -> nn.Module:

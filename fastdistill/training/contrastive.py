@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.training.blocks import Batch
 from fastdistill.training.capture import Captured, Wanted
-from fastdistill.training.component import Component, Counterparts, Terms, projection
+from fastdistill.training.component import Component, Counterparts, Terms, normalised, projection
 from fastdistill.training.config import Config, UsageError
 from fastdistill.training.gathered import gathered, rank, ranks
 from fastdistill.training.info_nce import Told, info_nce
@@ -88,8 +87,8 @@ class ContrastiveLoss(Component):
         common = Counterparts.of(batch)
         # What does not count may be anything: a product would carry its NaN into the projection's gradient.
         void = ~common.mask[..., None]
-        ours = _normalised(self.project(student.outputs[self.pair[0]].masked_fill(void, 0.0)))
-        theirs = _normalised(common.of_teacher(teacher.outputs[self.pair[1]]).detach().masked_fill(void, 0.0))
+        ours = normalised(self.project(student.outputs[self.pair[0]].masked_fill(void, 0.0)))
+        theirs = normalised(common.of_teacher(teacher.outputs[self.pair[1]]).detach().masked_fill(void, 0.0))
         compared = self._texts if self._by_texts(len(ours)) else self._tokens
         told, counted, number = compared(ours, theirs, common)
         loss, chance, accuracy = (torch.where(counted, each, 0.0).sum() / number for each in told)
@@ -115,11 +114,6 @@ class ContrastiveLoss(Component):
         candidates = (common.documents[:, :, None] == common.documents[:, None, :]) & common.mask[:, None, :]
         told = info_nce(ours, theirs, candidates, self.temperature)
         return told, common.mask, common.mask.sum().clamp(min=1)
-
-
-def _normalised(states: Tensor) -> Tensor:
-    """Of 16 bits in fp32."""
-    return F.layer_norm(states if states.dtype == torch.float64 else states.float(), states.shape[-1:])
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdistill.reference import compute_dtype
 from fastdistill.training.attention_maps import HIDDEN
 
 _ROUNDING = 1e-3
@@ -60,7 +61,7 @@ def info_nce(
 
 def _directions(states: Tensor, candidates: Tensor) -> Tensor:
     """Unit vectors from the mean of those that each is compared with, `[..., M, D]`; 0 where there is no difference."""
-    states = states if states.dtype == torch.float64 else states.float()
+    states = states.to(compute_dtype(states))
     weights = candidates.to(states.dtype)
     mean = weights @ states / weights.sum(-1, keepdim=True).clamp(min=1)
     return F.normalize(states - mean, dim=-1, eps=_ROUNDING)

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fastdistill import layer_loss
 from fastdistill.training.blocks import Batch
 from fastdistill.training.capture import Captured, Wanted, experts_of
-from fastdistill.training.component import Component, Counterparts, Terms, projection
+from fastdistill.training.component import Component, Counterparts, Terms, normalised, projection, wide
 from fastdistill.training.config import Config, UsageError
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.models import parts
@@ -66,7 +65,7 @@ class Layers:
         return len(self.blocks)
 
     def offer(self, teacher: Captured, common: Counterparts) -> Offer:
-        here = [_normalised(_of_teacher(teacher.outputs[block], common)) for block in self.blocks]
+        here = [normalised(_of_teacher(teacher.outputs[block], common)) for block in self.blocks]
         states = torch.stack(here, -2)
         identities = torch.arange(self.count, device=states.device).expand(states.shape[:-1])
         return Offer(states, identities, torch.zeros_like(states[..., 0]))
@@ -108,8 +107,8 @@ class Experts:
             _of_teacher(part.reshape(rows, -1, part[0].numel()), common).unflatten(-1, part.shape[1:])
             for part in teacher.experts[self.block]
         )
-        weights = _wide(weights)
-        return Offer(_normalised(outputs), experts, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
+        weights = wide(weights)
+        return Offer(normalised(outputs), experts, weights.clamp(min=torch.finfo(weights.dtype).tiny).log())
 
     def described(self, loads: Tensor) -> dict[str, Tensor]:
         """For the log, the largest and the smallest share of the weight that one has, of all `[E]`."""
@@ -225,7 +224,7 @@ class RoutingFeatureLoss(Component):
         projected = self.projection(student.outputs[self.student_block].masked_fill(~mask[..., None], 0))
         with torch.autocast(mask.device.type, enabled=False):
             offer = self.source.offer(teacher, common)
-            scores = self.router(_normalised(projected.detach()), offer)
+            scores = self.router(normalised(projected.detach()), offer)
             logits, k = scores.logits / self.temperature, chosen(self.progress, offer.states.shape[-2], self.top_k)
             top = logits.topk(k)
             weights = torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
@@ -252,15 +251,6 @@ class RoutingFeatureLoss(Component):
             **self.source.described(load),
         }
         return Terms({self.name: loss / micro_batches, "load_balance": balance / micro_batches}, diagnostics)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def _normalised(states: Tensor) -> Tensor:
-    """`[..., D]` with mean 0 and variance 1 over D, in fp32 or, of fp64, in fp64."""
-    return F.layer_norm(_wide(states), states.shape[-1:])
 
 
 def _of_teacher(values: Tensor, common: Counterparts) -> Tensor:
