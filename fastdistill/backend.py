@@ -5,12 +5,19 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 IMPLEMENTATIONS = ("torch", "triton")
-WITH_KERNEL = {"softmax_kl": "softmax_kl", "linear_softmax_kl": "softmax_kl", "layer_loss": "layer_loss"}
+WITH_KERNEL = {
+    "softmax_kl": "softmax_kl",
+    "linear_softmax_kl": "softmax_kl",
+    "layer_loss": "layer_loss",
+    "attention_kl": "attention_kl",
+}
 """Operations that have a Triton kernel, and the file of kernels/ that has it."""
 
 MIN_TRITON = (3, 4)
@@ -18,18 +25,24 @@ MIN_ARCHITECTURE = 60
 """sm_60, the P100's. `torch.utils._triton.has_triton` would say no below sm_70, to what Triton itself compiles."""
 
 
-def choose_impl(operation: str, impl: str | None, device: torch.device) -> str:
+TENSOR_CORES = 80
+"""sm_80, from which Triton multiplies in tensor cores, and in half precision alone; on others it is slower at it than
+the libraries that PyTorch calls. Also in kernels/launch.py."""
+
+
+def choose_impl(operation: str, impl: str | None, device: torch.device, *, multiplies: Sequence[Tensor] = ()) -> str:
     """ "torch" or "triton" for one call of `operation` on tensors of `device`.
 
     The argument beats the environment variable FASTDISTILL_IMPL, which beats what is found to be possible: a kernel
-    on an NVIDIA GPU that can run it, else PyTorch, with one warning where a GPU cannot. A choice that was made
-    explicitly never falls back: RuntimeError with the cause where it cannot be had.
+    on an NVIDIA GPU that can run it, and that has tensor cores for what its kernel multiplies, else PyTorch, with one
+    warning where a GPU cannot. A choice that was made explicitly never falls back: RuntimeError with the cause where it
+    cannot be had.
     """
     source = "impl"
     if impl is None:
         impl, source = os.environ.get("FASTDISTILL_IMPL"), "FASTDISTILL_IMPL"
     if impl is None:
-        if device.type != "cuda" or operation not in WITH_KERNEL:
+        if device.type != "cuda" or operation not in WITH_KERNEL or not _in_tensor_cores(device, multiplies):
             return "torch"
         obstacle = obstacle_to_triton(device.type, device.index, WITH_KERNEL[operation])
         if obstacle is not None:
@@ -45,6 +58,14 @@ def choose_impl(operation: str, impl: str | None, device: torch.device) -> str:
         if obstacle is not None:
             raise RuntimeError(f"{source}='triton' was asked for, but {obstacle}: leave it out, or use 'torch'")
     return impl
+
+
+def _in_tensor_cores(device: torch.device, factors: Sequence[Tensor]) -> bool:
+    if not factors:
+        return True
+    halves = all(factor.dtype in (torch.float16, torch.bfloat16) for factor in factors)
+    major, minor = torch.cuda.get_device_capability(device)
+    return halves and 10 * major + minor >= TENSOR_CORES
 
 
 def obstacle_to_triton(device_type: str, index: int | None, file: str = "softmax_kl") -> str | None:
@@ -94,6 +115,10 @@ def _trial(file: str, device: torch.device) -> str | None:
             form = "forward_kl", 1
             _, statistics = ops.softmax_kl(rows, rows.clone(), None, one, ones, *form, False, 1, True, False, False)
             ops.softmax_kl_backward(one, rows, rows.clone(), None, one, ones, statistics, *form, 1)
+        elif file == "attention_kl":
+            vectors, sight = [torch.zeros(1, 1, 1, 16, device=device) for _ in range(4)], (ones[None, :1], None, ones)
+            total, _, statistics = ops.attention_kl(*vectors, *sight, True, True)
+            ops.attention_kl_backward(total, *vectors, *sight, statistics, True, True)
         else:
             loss, _, statistics = ops.layer_loss([rows], [rows.clone()], one, ones[0], one, "layer_norm")
             ops.layer_loss_backward(loss, [rows], [rows.clone()], one, ones[0], one, statistics, "layer_norm")

@@ -194,7 +194,9 @@ def _keep_layers(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 
 @first_derivative_only
-def _differentiate_layers(ctx: Any, dloss: Tensor, *_: None) -> tuple[list[Tensor] | list[None] | None, ...]:
+def _differentiate_layers(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[list[Tensor] | list[None] | None, ...]:
+    if dloss is None:
+        return [None] * ctx.layers, [None] * ctx.layers, *(None,) * 4
     students, teachers = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers : 2 * ctx.layers]
     rest = ctx.saved_tensors[2 * ctx.layers :]
     grads = layer_loss_backward(dloss, list(students), list(teachers), *rest, ctx.form)
@@ -202,3 +204,79 @@ def _differentiate_layers(ctx: Any, dloss: Tensor, *_: None) -> tuple[list[Tenso
 
 
 layer_loss.register_autograd(_differentiate_layers, setup_context=_keep_layers)
+
+
+@torch.library.custom_op("fastdistill::attention_kl", mutates_args=())
+def attention_kl(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    weights: Tensor,
+    documents: Tensor | None,
+    scalars: Tensor,
+    causal: bool,
+    itself: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of weighted divergences, 0-d, that of each head, `[H]`, and the statistics `[4, B, H, S]` for backward.
+
+    Only the first is differentiable, and in `student_q` and `student_k` alone. The arguments are those of
+    `kernels.attention_kl.attention_kl_stats`.
+    """
+    from fastdistill.kernels.attention_kl import attention_kl_stats
+
+    tensors = student_q, student_k, teacher_q, teacher_k, weights, documents, scalars
+    terms, statistics = attention_kl_stats(*tensors, causal=causal, itself=itself)
+    per_head = terms.sum((0, 2))
+    return per_head.sum(), per_head, statistics
+
+
+@attention_kl.register_fake
+def _(student_q, student_k, teacher_q, teacher_k, weights, *_):
+    batch, heads, positions, _ = student_q.shape
+    return weights.new_empty(()), weights.new_empty(heads), weights.new_empty(4, batch, heads, positions)
+
+
+@torch.library.custom_op("fastdistill::attention_kl_backward", mutates_args=())
+def attention_kl_backward(
+    dtotal: Tensor,
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    weights: Tensor,
+    documents: Tensor | None,
+    scalars: Tensor,
+    statistics: Tensor,
+    causal: bool,
+    itself: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients in `student_q` and `student_k` of the sum times `dtotal`."""
+    from fastdistill.kernels.attention_kl import attention_kl_grad
+
+    tensors = dtotal, student_q, student_k, teacher_q, teacher_k, weights, documents, scalars, statistics
+    return attention_kl_grad(*tensors, causal=causal, itself=itself)
+
+
+@attention_kl_backward.register_fake
+def _(dtotal, student_q, student_k, *_):
+    grad_q, grad_k = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (student_q, student_k))
+    return grad_q, grad_k
+
+
+def _keep_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    *tensors, causal, itself = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.form = causal, itself
+
+
+@first_derivative_only
+def _differentiate_attention(ctx: Any, dtotal: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dtotal is None:
+        return (None,) * 9
+    return *attention_kl_backward(dtotal, *ctx.saved_tensors, *ctx.form), *(None,) * 7
+
+
+attention_kl.register_autograd(_differentiate_attention, setup_context=_keep_attention)

@@ -53,3 +53,10 @@ class LayerLossOutput(NamedTuple):
 
     loss: Tensor
     per_layer: Tensor
+
+
+class AttentionKLOutput(NamedTuple):
+    """Result of `attention_kl`: the mean over queries and heads that count (0-d) and, detached, each head's own [H]."""
+
+    loss: Tensor
+    per_head: Tensor

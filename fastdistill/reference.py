@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdistill.align import common_positions, cut, mean, outside_vocabulary, shared_vocab_size, token_weights
-from fastdistill.outputs import CrossVocabOutput, LayerLossOutput, LossOutput
+from fastdistill.outputs import AttentionKLOutput, CrossVocabOutput, LayerLossOutput, LossOutput
 
 LAYER_EPS = 1e-5
 MAX_LOG_RATIO = 80.0
+HIDDEN = torch.finfo(torch.float32).min / 2
+"""A score that no softmax sees, and that makes no NaN of a row that sees nothing."""
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -273,6 +275,77 @@ def combine_layers(per_layer: list[Tensor], layer_weights: Sequence[float] | Ten
         return LayerLossOutput(stacked.mean(), stacked.detach())
     weights = torch.as_tensor(layer_weights, dtype=stacked.dtype, device=stacked.device)
     return LayerLossOutput(torch.where(weights > 0, weights * stacked, 0).sum() / weights.sum(), stacked.detach())
+
+
+def attention_kl(
+    student_q: Tensor,
+    student_k: Tensor,
+    teacher_q: Tensor,
+    teacher_k: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = True,
+    itself: bool = True,
+    documents: Tensor | None = None,
+    scale: float | tuple[float, float] | None = None,
+    num_tokens: float | Tensor | None = None,
+) -> AttentionKLOutput:
+    """sum_i w_i KL_hi / num_tokens, a mean over heads h; both models' maps are held. See `fastdistill.attention_kl`."""
+    dtype = compute_dtype(student_q)
+    scales = attention_scales(scale, student_q, teacher_q)
+    w = torch.ones_like(student_q[:, 0, :, 0], dtype=dtype) if mask is None else mask.to(dtype)
+    counts = w != 0
+    visible = attention_visible(counts, documents, causal=causal, itself=itself)
+    maps = []
+    for query, key, factor in zip((student_q, teacher_q), (student_k, teacher_k), scales, strict=True):
+        query, key = (x.to(dtype).masked_fill(~counts[:, None, :, None], 0) for x in (query, key))
+        maps.append(log_attention(query, key, factor, visible))
+    rows = torch.where(counts[:, None], w[:, None] * map_kl(*maps), 0)
+    n = w.sum() if num_tokens is None else torch.as_tensor(num_tokens, dtype=dtype, device=w.device)
+    per_head = mean(rows.sum((0, 2)), n)
+    return AttentionKLOutput(per_head.mean(), per_head.detach())
+
+
+def attention_scales(
+    scale: float | tuple[float, float] | None, student_q: Tensor, teacher_q: Tensor
+) -> tuple[float, float]:
+    """What the student's and the teacher's products of queries and keys are multiplied by; default 1 / sqrt(d)."""
+    if scale is None:
+        return student_q.shape[-1] ** -0.5, teacher_q.shape[-1] ** -0.5
+    return (scale, scale) if isinstance(scale, (int, float)) else (scale[0], scale[1])
+
+
+def attention_visible(counts: Tensor, documents: Tensor | None, *, causal: bool, itself: bool) -> Tensor:
+    """Whether a query (row) sees a key, bool `[B, S, S]`: both count and are of one document, with `causal` the key is
+    not later, and it is the query's own position only with `itself`.
+    """
+    visible = counts[:, :, None] & counts[:, None, :]
+    if documents is not None:
+        visible = visible & (documents[:, :, None] == documents[:, None, :])
+    if causal:
+        visible = visible.tril()
+    return visible if itself else visible & ~torch.eye(counts.shape[1], dtype=torch.bool, device=counts.device)
+
+
+def log_attention(query: Tensor, key: Tensor, scale: float, visible: Tensor) -> Tensor:
+    """Logarithm of the row-normalised maps, `[B, H, S, S]`, in fp32 or, of fp64, in fp64.
+
+    Args:
+        query, key: `[B, H, S, d]` and `[B, Hkv, S, d]`, H a multiple of Hkv: each key serves H / Hkv heads in a row.
+        scale: of their products.
+        visible: bool, `[B, S, S]`: whether a query (row) sees a key. What it does not see has log-weight `HIDDEN` or
+            near it, so that its weight is 0.
+    """
+    query, key = query.to(compute_dtype(query)), key.to(compute_dtype(key))
+    with torch.autocast(query.device.type, enabled=False):
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = (scale * query) @ key.mT
+        return scores.masked_fill(~visible[:, None], HIDDEN).log_softmax(-1)
+
+
+def map_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of each row of maps given by their logarithms, `[..., S, S]` to `[..., S]`, in nats."""
+    return (teacher.exp() * (teacher - student)).sum(-1)
 
 
 def _pad_positions(per_token: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -98,6 +98,30 @@ def random_states(
     }
 
 
+def random_attention(
+    batch: int,
+    heads: int,
+    positions: int,
+    width: int,
+    *,
+    key_heads: int | None = None,
+    teacher_key_heads: int | None = None,
+    teacher_width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = DEVICE,
+) -> dict[str, Any]:
+    """Queries and keys of each model, by argument name; scores have a deviation of about 2."""
+    arguments = {}
+    kinds = {"student": (key_heads or heads, width), "teacher": (teacher_key_heads or heads, teacher_width or width)}
+    for seed, (model, (own_key_heads, d)) in enumerate(kinds.items()):
+        for name, count in (("q", heads), ("k", own_key_heads)):
+            seed_of = 10 * seed + (name == "k")
+            arguments[f"{model}_{name}"] = random_normal(
+                batch, count, positions, d, seed=seed_of, scale=2**0.5, dtype=dtype, device=device
+            )
+    return arguments
+
+
 def random_heads(
     *leading: int,
     vocab: int,

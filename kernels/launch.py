@@ -123,6 +123,47 @@ def tile_plan(layers: int, rows: int, width: int) -> TilePlan:
     return TilePlan(warps, tile_rows, columns, tiles, -(-count // tiles))
 
 
+TENSOR_CORES = 80
+"""The architecture from which Triton multiplies tiles of half precision in tensor cores; on those of sm_70 and 75 it
+does so in ordinary instructions, as it does float32 everywhere if all its digits are to count."""
+
+HALVES = (torch.float16, torch.bfloat16)
+
+MAX_WIDTH = 256
+"""Channels of the widest vectors whose tiles fit an SM's shared memory as operands of tensor cores."""
+
+MAX_WIDE_BYTES = 512
+"""Bytes of the widest vectors of which four tiles of 16 fit 48 KB, all that a block has on sm_60."""
+
+
+class AttentionPlan(NamedTuple):
+    """Tiles of `queries` by `keys` scores, and whether vectors are multiplied as they are, or in the compute type."""
+
+    warps: int
+    queries: int
+    keys: int
+    as_they_are: bool
+
+
+def attention_plan(student: torch.dtype, teacher: torch.dtype, compute: torch.dtype, width: int) -> AttentionPlan:
+    """The launch for vectors of these types, `width` channels at most, a power of two.
+
+    They are the largest tiles of which no register is spilled inside a loop on any architecture. Both models' 64 x 32
+    scores are 32 registers a thread of 4 warps, beside operands and a gradient of 64 channels; without tensor cores a
+    thread keeps its rows of the operands in registers, all channels of them.
+
+    Raises:
+        RuntimeError: the vectors are too wide for the kernels.
+    """
+    in_tensor_cores = student in HALVES and teacher in HALVES and (knobs.runtime.interpret or _arch() >= TENSOR_CORES)
+    limit = MAX_WIDTH if in_tensor_cores else MAX_WIDE_BYTES // compute.itemsize
+    if width > limit:
+        raise RuntimeError(f"attention_kl's kernels take at most {limit} channels of these types here, got {width}")
+    if not in_tensor_cores:
+        return AttentionPlan(8, 16, 16, False)
+    return AttentionPlan(4 if width <= 64 else 8, 64 if width <= 128 else 32, 32, True)
+
+
 def vector_length(*itemsizes: int) -> int:
     """Elements a lane reads at a time of tensors with these item sizes: 16 bytes of the widest."""
     return VECTOR_BYTES // max(itemsizes)
@@ -142,6 +183,10 @@ def on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
 
 def _current_architecture() -> Architecture:
     """That of the current GPU, or the nearest older one."""
-    active: Any = driver.active
-    arch = int(active.get_current_target().arch)
+    arch = _arch()
     return ARCHITECTURES[max(known for known in ARCHITECTURES if known <= arch)]
+
+
+def _arch() -> int:
+    active: Any = driver.active
+    return int(active.get_current_target().arch)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdistill.training.attention_maps import grouped_heads, log_attention, map_kl, map_square
+from fastdistill.reference import log_attention, map_kl
+from fastdistill.training.attention_maps import grouped_heads, map_square
 from fastdistill.training.blocks import Batch
 from fastdistill.training.capture import Captured, Wanted, watched_attention
 from fastdistill.training.component import Component, Counterparts, Terms

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdistill.training.attention_maps import log_attention, map_kl
+from fastdistill.reference import log_attention, map_kl
 from fastdistill.training.blocks import Batch
 from fastdistill.training.capture import Captured, Wanted
 from fastdistill.training.component import Component, Counterparts, Terms, normalised, projection

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistill.reference import compute_dtype
-from fastdistill.training.attention_maps import HIDDEN
+from fastdistill.reference import HIDDEN, compute_dtype
 
 _ROUNDING = 1e-3
 """Layer-normalised states have length sqrt(D); of a difference shorter than this the direction is rounding's."""

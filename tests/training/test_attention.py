@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
+from fastdistill.reference import log_attention, map_kl
 from fastdistill.training import capture
 from fastdistill.training.attention import AttentionLoss, check_attention, head_pairs
 from fastdistill.training.attention_alignment import AttentionAlignmentLoss
-from fastdistill.training.attention_maps import log_attention, map_kl, map_square
+from fastdistill.training.attention_maps import map_square
 from fastdistill.training.blocks import Batch, Inputs, Pairs, collate, cut
 from fastdistill.training.capture import Wanted, capturing
 from fastdistill.training.component import Component
