@@ -88,6 +88,15 @@ def _of_head(ptr, head, heads, GROUP: tl.constexpr, stride_b, stride_h):
 
 
 @triton.jit
+def _last_key(last_query, positions, counts, CAUSAL: tl.constexpr):
+    """Where the keys end that a block of queries sees; none if none of the queries counts."""
+    end = positions
+    if CAUSAL:
+        end = tl.minimum(last_query, positions)
+    return tl.where(tl.max(counts.to(tl.int32), 0) > 0, end, 0)
+
+
+@triton.jit
 def _gradient(z_s, z_t, k_s, k_t, statistics_ptr, saved, queries, counts, visible):
     """The gradient of each query's divergence in the student's scores, from its statistics.
 
@@ -132,9 +141,7 @@ def _attention_kl_stats_kernel(
     k_s, k_t = tl.load(scalars_ptr) * LOG2E, tl.load(scalars_ptr + 1) * LOG2E
     m_s, m_t = tl.full([QUERIES], LOWEST, COMPUTE), tl.full([QUERIES], LOWEST, COMPUTE)
     Z_s, Z_t, a = tl.zeros([QUERIES], COMPUTE), tl.zeros([QUERIES], COMPUTE), tl.zeros([QUERIES], COMPUTE)
-    end = positions
-    if CAUSAL:
-        end = tl.minimum(first + QUERIES, positions)
+    end = _last_key(first + QUERIES, positions, counts, CAUSAL)
     for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)
         key_weights, key_documents = _tokens(weights_ptr, documents_ptr, keys, positions, HAS_DOCUMENTS)
@@ -195,9 +202,7 @@ def _attention_kl_query_grad_kernel(
     scale = tl.load(scalars_ptr)
     k_s, k_t = scale * LOG2E, tl.load(scalars_ptr + 1) * LOG2E
     grad = tl.zeros([QUERIES, BLOCK_S], COMPUTE)
-    end = positions
-    if CAUSAL:
-        end = tl.minimum(first + QUERIES, positions)
+    end = _last_key(first + QUERIES, positions, counts, CAUSAL)
     for start in range(0, end, KEYS):
         keys = start + tl.arange(0, KEYS)
         key_weights, key_documents = _tokens(weights_ptr, documents_ptr, keys, positions, HAS_DOCUMENTS)
@@ -246,6 +251,7 @@ def _attention_kl_key_grad_kernel(
     begin = 0
     if CAUSAL:
         begin = first // QUERIES * QUERIES
+    begin = tl.where(tl.max(key_counts.to(tl.int32), 0) > 0, begin, positions)
     for member in range(GROUP_S):
         head = key_head * GROUP_S + member
         head_q_ptr = _of_head(student_q_ptr, head, heads, 1, stride_sqb, stride_sqh)

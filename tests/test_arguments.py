@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdistill import layer_loss, linear_softmax_kl, shift_targets, softmax_kl
-from fastdistill.testing import random_heads, random_normal, random_targets
+from fastdistill import attention_kl, layer_loss, linear_softmax_kl, shift_targets, softmax_kl
+from fastdistill.testing import random_attention, random_heads, random_normal, random_targets
 
-B, S, V, D = 2, 4, 7, 3
+B, S, V, D, H = 2, 4, 7, 3, 6
 
 
 def tensor(*shape: int, **keywords: Any) -> Tensor:
@@ -34,10 +34,15 @@ def on_states() -> dict[str, Any]:
     return {f"{model}_states": [random_normal(B, S, D, device="cpu")] * 2 for model in ("student", "teacher")}
 
 
+def on_attention() -> dict[str, Any]:
+    return random_attention(B, H, S, D, key_heads=2, device="cpu")
+
+
 CALLS = {
     "softmax_kl": (softmax_kl, on_logits),
     "linear_softmax_kl": (linear_softmax_kl, on_hidden),
     "layer_loss": (layer_loss, on_states),
+    "attention_kl": (attention_kl, on_attention),
 }
 each_function = pytest.mark.parametrize(("function", "good"), CALLS.values(), ids=CALLS.keys())
 
@@ -155,10 +160,44 @@ STATES: list[Wrong] = [
     ({"impl": "cuda"}, "impl", "'cuda'", "'torch', 'triton'"),
 ]
 
+ATTENTION: list[Wrong] = [
+    ({"student_q": [[0.0]]}, "student_q", "list", "[B, H, S, d]"),
+    ({"student_q": tensor(H, S, D)}, "student_q", f"({H}, {S}, {D})", "[B, H, S, d]"),
+    ({"student_k": tensor(B, 2, S, D, dtype=torch.int64)}, "student_k", "torch.int64", "float32"),
+    ({"student_k": tensor(B, 4, S, D)}, "student_k", f"({B}, 4, {S}, {D})", f"a divisor of {H}"),
+    ({"student_k": tensor(B, 0, S, D)}, "student_k", f"({B}, 0, {S}, {D})", f"a divisor of {H}"),
+    ({"student_k": tensor(B, 2, S, D + 1)}, "student_k", f"({B}, 2, {S}, {D + 1})", f"{S}, {D})"),
+    ({"student_k": tensor(B, 2, S + 1, D)}, "student_k", f"({B}, 2, {S + 1}, {D})", f"{S}, {D})"),
+    (
+        {"student_k": tensor(B, 2, S, D, dtype=torch.float16)},
+        "student_k",
+        "torch.float16",
+        "torch.float32 of student_q",
+    ),
+    ({"student_k": tensor(B, 2, S, D, device="meta")}, "student_k", "meta", "cpu"),
+    ({"teacher_q": tensor(B, H + 1, S, D)}, "teacher_q", f"({B}, {H + 1}, {S}, {D})", f"({B}, {H}, {S})"),
+    ({"teacher_q": tensor(B + 1, H, S, D)}, "teacher_q", f"({B + 1}, {H}, {S}, {D})", f"({B}, {H}, {S})"),
+    ({"teacher_q": tensor(B, H, S, D, device="meta")}, "teacher_q", "meta", "cpu"),
+    ({"teacher_k": tensor(B, H, S, 0)}, "teacher_k", f"({B}, {H}, {S}, 0)", "[B, Hkv, S, d]"),
+    ({"mask": tensor(B, H)}, "mask", f"({B}, {H})", f"({B}, {S})"),
+    ({"mask": -tensor(B, S)}, "mask", "-1", ">= 0"),
+    ({"documents": [[0] * S] * B}, "documents", "list", "int64"),
+    ({"documents": tensor(B, S)}, "documents", "torch.float32", "int64"),
+    ({"documents": tensor(B, 1, dtype=torch.int64)}, "documents", f"({B}, 1)", f"({B}, {S})"),
+    ({"documents": tensor(B, S, dtype=torch.int64, device="meta")}, "documents", "meta", "cpu"),
+    ({"scale": 0}, "scale", "0", "> 0"),
+    ({"scale": (1.0, -1.0)}, "scale", "-1.0", "> 0"),
+    ({"scale": (1.0, 1.0, 1.0)}, "scale", "3", "the student's and the teacher's"),
+    ({"scale": torch.tensor(1.0)}, "scale", "tensor(1.)", "a number > 0"),
+    ({"num_tokens": -1}, "num_tokens", "-1", ">= 0"),
+    ({"impl": "cuda"}, "impl", "'cuda'", "'torch', 'triton'"),
+]
+
 WRONG = [
     *(("softmax_kl", *wrong) for wrong in TENSORS + SHARED),
     *(("linear_softmax_kl", *wrong) for wrong in HEADS + SHARED),
     *(("layer_loss", *wrong) for wrong in STATES),
+    *(("attention_kl", *wrong) for wrong in ATTENTION),
 ]
 
 
@@ -193,6 +232,8 @@ TEACHERS = [
     ("linear_softmax_kl", "teacher_weight"),
     ("linear_softmax_kl", "teacher_bias"),
     ("layer_loss", "teacher_states"),
+    ("attention_kl", "teacher_q"),
+    ("attention_kl", "teacher_k"),
 ]
 
 

@@ -33,6 +33,25 @@ def test_a_gpu_that_can_run_the_kernel_gets_it(obstacle):
     assert choose_impl("softmax_kl", None, GPU) == "triton"
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "impl"),
+    [
+        ((8, 0), torch.float16, "triton"),
+        ((9, 0), torch.bfloat16, "triton"),
+        ((9, 0), torch.float32, "torch"),
+        ((7, 5), torch.float16, "torch"),
+        ((6, 0), torch.float16, "torch"),
+    ],
+)
+def test_what_multiplies_gets_its_kernel_where_that_has_tensor_cores(capability, dtype, impl, obstacle, monkeypatch):
+    obstacle(None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    half, factor = torch.zeros(1, dtype=torch.float16), torch.zeros(1, dtype=dtype)
+    assert choose_impl("attention_kl", None, GPU, multiplies=(half, factor)) == impl
+    assert choose_impl("attention_kl", "triton", GPU, multiplies=(half, factor)) == "triton"
+    assert choose_impl("attention_kl", None, CPU, multiplies=(half, factor)) == "torch"
+
+
 def test_an_operation_without_a_kernel_and_a_cpu_get_pytorch_without_a_word(obstacle):
     obstacle(None)
     with warnings.catch_warnings():

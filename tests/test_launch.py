@@ -5,15 +5,19 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is installed on Linux x86_64 alone")
 
+from fastdistill import backend
 from fastdistill.kernels import launch
 from fastdistill.kernels.launch import (
     ARCHITECTURES,
     MAX_COLUMNS,
     MAX_SPLITS,
     MAX_TILES,
+    TENSOR_CORES,
+    attention_plan,
     row_plan,
     tile_plan,
     vector_length,
@@ -84,3 +88,23 @@ def test_tiles_cover_the_rows_and_hold_them_whole_up_to_8192_columns(arch, layer
 def test_programs_have_several_tiles_only_where_every_sm_has_more_than_enough(arch):
     assert tile_plan(6, 1024, 768).tiles == 1
     assert tile_plan(32, 8192, 4096).tiles == MAX_TILES
+
+
+def test_attention_is_multiplied_in_tensor_cores_in_half_precision_where_triton_uses_them(arch):
+    half, single = torch.float16, torch.float32
+    assert attention_plan(half, torch.bfloat16, single, 64).as_they_are == (arch >= 80)
+    assert not attention_plan(half, single, single, 64).as_they_are
+    assert not attention_plan(single, single, single, 128).as_they_are
+    assert TENSOR_CORES == backend.TENSOR_CORES
+
+
+def test_attention_of_vectors_that_fit_no_tile_is_refused(arch):
+    half, single, double = torch.float16, torch.float32, torch.float64
+    for student, teacher, compute, limit in (
+        (half, half, single, 256 if arch >= 80 else 128),
+        (half, single, single, 128),
+        (double, double, double, 64),
+    ):
+        attention_plan(student, teacher, compute, limit)
+        with pytest.raises(RuntimeError, match=f"at most {limit} channels of these types here, got {2 * limit}"):
+            attention_plan(student, teacher, compute, 2 * limit)

@@ -7,13 +7,15 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fastdistill.reference import log_attention, map_kl
+from fastdistill.attention import attention_kl
+from fastdistill.reference import attention_visible, log_attention, map_kl
 from fastdistill.training.attention_maps import grouped_heads, map_square
 from fastdistill.training.blocks import Batch
-from fastdistill.training.capture import Captured, Wanted, watched_attention
+from fastdistill.training.capture import Captured, QueriesKeys, Wanted, watched_attention
 from fastdistill.training.component import Component, Counterparts, Terms
 from fastdistill.training.config import Config, UsageError
 from fastdistill.training.layer_map import LayerMap
@@ -29,7 +31,8 @@ class AttentionLoss(Component):
     "kl" is KL(teacher || student) of each position's weights over what comes before it (MiniLM, Wang et al. 2020,
     arXiv:2002.10957, equation 5), "mse" their squared distance, summed over what is attended to. Both models' rows are
     softmaxes over the positions at which both have read the same. Where the models have unlike numbers of heads, those
-    that follow each other are averaged to the greatest number that divides both, or `heads` pairs them.
+    that follow each other are averaged to the greatest number that divides both, or `heads` pairs them. The squared
+    distance and the average take maps `[B, H, S, S]`, the rest none.
     """
 
     name = "attention"
@@ -63,23 +66,42 @@ class AttentionLoss(Component):
 
     def forward(self, student: Captured, teacher: Captured, batch: Batch, counts: Counts) -> Terms:
         common = Counterparts.of(batch)
-        visible = common.visible(itself=True)
-        total = torch.zeros((), device=visible.device)
+        each = []
         for student_block, teacher_block in self.pairs:
             ours, theirs = student.attention[student_block], teacher.attention[teacher_block]
-            maps = log_attention(*ours, visible)
-            query, key = common.of_teacher(theirs.query), common.of_teacher(theirs.key)
-            rows = _FORMS[self.form](*self._matched(maps, log_attention(query, key, theirs.scale, visible)))
-            total = total + rows.mean(1).sum()  # of what sees nothing the rows are alike
-        return Terms({self.name: total / (len(self.pairs) * counts[self.name].clamp(min=1))}, {})
+            theirs = QueriesKeys(common.of_teacher(theirs.query), common.of_teacher(theirs.key), theirs.scale)
+            if self.heads is not None:
+                ours = _of_heads(ours, [student_head for student_head, _ in self.heads])
+                theirs = _of_heads(theirs, [teacher_head for _, teacher_head in self.heads])
+            by_maps = self.form != "kl" or ours.query.shape[1] != theirs.query.shape[1]
+            each.append((_loss_of_maps if by_maps else _loss)(self.form, ours, theirs, common, counts[self.name]))
+        return Terms({self.name: torch.stack(each).mean()}, {})
 
-    def _matched(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps `[B, H, S, S]` of as many heads."""
-        if self.heads is not None:
-            ours, theirs = zip(*self.heads, strict=True)
-            return student[:, list(ours)], teacher[:, list(theirs)]
-        groups = math.gcd(student.shape[1], teacher.shape[1])
-        return grouped_heads(student, groups), grouped_heads(teacher, groups)
+
+def _loss(form: str, student: QueriesKeys, teacher: QueriesKeys, common: Counterparts, count: Tensor) -> Tensor:
+    return attention_kl(
+        *student[:2],
+        *teacher[:2],
+        common.mask,
+        documents=common.documents,
+        scale=(student.scale, teacher.scale),
+        num_tokens=count,
+    ).loss
+
+
+def _loss_of_maps(form: str, student: QueriesKeys, teacher: QueriesKeys, common: Counterparts, count: Tensor) -> Tensor:
+    """What is not a sum over queries of what each head alone has: a squared distance, and means of heads' maps."""
+    visible = attention_visible(common.mask, common.documents, causal=True, itself=True)
+    maps = [log_attention(*own, visible) for own in (student, teacher)]
+    groups = math.gcd(*(own.shape[1] for own in maps))
+    rows = _FORMS[form](*(grouped_heads(own, groups) for own in maps))
+    return rows.mean(1).sum() / count.clamp(min=1)  # of what sees nothing the rows are alike
+
+
+def _of_heads(own: QueriesKeys, heads: list[int]) -> QueriesKeys:
+    """Of those heads alone, each with a key of its own."""
+    each = own.query.shape[1] // own.key.shape[1]
+    return QueriesKeys(own.query[:, heads], own.key[:, [head // each for head in heads]], own.scale)
 
 
 def head_pairs(rule: str, student_heads: int, teacher_heads: int) -> list[tuple[int, int]] | None:
@@ -112,13 +134,11 @@ def check_attention(model: PreTrainedModel, blocks: frozenset[int], seq_len: int
     away: dict[int, float] = {}
 
     def compare(block: int, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor) -> None:
-        weights = log_attention(query, key, scale, visible).exp()
-        value = value.float().repeat_interleave(weights.shape[1] // value.shape[1], 1)
-        expected = (weights @ value).transpose(1, 2).reshape(output.shape)
+        plain = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+        expected = plain.transpose(1, 2).reshape(output.shape).float()
         away[block] = ((output.float() - expected).norm() / expected.norm()).item()
 
     own, device = parts(model), model.device
-    visible = torch.ones(1, seq_len, seq_len, dtype=torch.bool, device=device).tril()
     ids = torch.arange(seq_len, device=device)[None] % model.config.get_text_config().vocab_size
     with evaluating(model), watched_attention(own.blocks, blocks, compare):
         own.base(input_ids=ids, use_cache=False)

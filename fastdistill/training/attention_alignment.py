@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastdistill.reference import log_attention, map_kl
+from fastdistill.attention import attention_kl
 from fastdistill.training.blocks import Batch
 from fastdistill.training.capture import Captured, Wanted
 from fastdistill.training.component import Component, Counterparts, Terms, normalised, projection
@@ -55,19 +56,29 @@ class AttentionAlignmentLoss(Component):
         return cls(layer_map.pairs, widths=layer_map.widths, projected=config.projection, heads=heads)
 
     def count(self, batch: Batch) -> Tensor:
-        return Counterparts.of(batch).visible(itself=False).any(-1).sum()
+        """Of the tokens with one to look back at: those whose document is that of one before."""
+        common = Counterparts.of(batch)
+        latest = torch.where(common.mask, common.documents, 0).cummax(1).values
+        return (common.mask & (common.documents == F.pad(latest[:, :-1], (1, 0)))).sum()
 
     def forward(self, student: Captured, teacher: Captured, batch: Batch, counts: Counts) -> Terms:
         common = Counterparts.of(batch)
-        visible = common.visible(itself=False)
-        total = torch.zeros((), device=visible.device)
+        each = []
         for (student_block, teacher_block), project in zip(self.pairs, self.projections, strict=True):
             query = self._split(project(student.outputs[student_block]))
             key = self._split(common.of_teacher(teacher.outputs[teacher_block]))
-            scale = key.shape[-1] ** -0.5
-            rows = map_kl(log_attention(query, key, scale, visible), log_attention(key, key, scale, visible))
-            total = total + rows.mean(1).sum()  # of what sees nothing the rows are alike
-        return Terms({self.name: total / (len(self.pairs) * counts[self.name].clamp(min=1))}, {})
+            to_keys = attention_kl(
+                query,
+                key,
+                key,
+                key,
+                common.mask,
+                itself=False,
+                documents=common.documents,
+                num_tokens=counts[self.name],
+            )
+            each.append(to_keys.loss)
+        return Terms({self.name: torch.stack(each).mean()}, {})
 
     def _split(self, states: Tensor) -> Tensor:
         """Layer-normalised `[B, S, D]` by heads, `[B, H, S, D / H]`."""

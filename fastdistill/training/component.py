@@ -73,15 +73,6 @@ class Counterparts(NamedTuple):
         index = self.positions.view(len(values), *[1] * (values.ndim - 3), -1, 1)
         return values.gather(-2, index.expand(*values.shape[:-2], -1, values.shape[-1]))
 
-    def visible(self, *, itself: bool) -> Tensor:
-        """Which positions each may look back at, bool `[B, S, S]`: earlier ones of its document that are in `mask`, and
-        itself if asked for.
-        """
-        size = self.mask.shape[1]
-        earlier = torch.ones(size, size, dtype=torch.bool, device=self.mask.device).tril(0 if itself else -1)
-        same = self.documents[:, :, None] == self.documents[:, None, :]
-        return earlier & same & self.mask[:, None, :] & self.mask[:, :, None]
-
 
 def wide(values: Tensor) -> Tensor:
     """In the type that losses compute in: fp32, or of fp64 fp64."""
