@@ -1,7 +1,7 @@
 """The PyTorch path of attention_kl: maps of a block of queries at a time, and made anew for the gradient.
 
 With p the softmaxes of a query's scores s, the gradient of KL(teacher || student) in the student's scores is
-p_student - p_teacher. A query keeps the maximum of its scores and their sum Z = sum e^(s - max), of each model.
+p_student - p_teacher. A query keeps the maximum of its scores and the sum Z = sum e^(s - max), of each model.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from torch import Tensor
 from fastdistill.differentiation import first_derivative_only, full_precision
 from fastdistill.reference import HIDDEN
 
+BUFFERS = 3
+"""Of a block of queries' scores, `[B, H, queries, S]`, that are alive at a time."""
+
 CHUNK_BYTES = 32 << 20
-"""Bytes of the three buffers [B, H, queries, S] together: large beside the cost of launching their operations, small
-beside the queries and keys of a long text. Never measured on a GPU."""
+"""Bytes of these together: large beside the cost of launching their operations, small beside the queries and keys of a
+long text. Never measured on a GPU."""
+
+STATISTICS = 4
+"""Numbers that are kept of a query and head: maximum and sum of both models."""
 
 
 class Model(NamedTuple):
@@ -67,7 +73,7 @@ class _AttentionKL(torch.autograd.Function):
     def forward(ctx, student_q, student_k, teacher_q, teacher_k, student_scale, teacher_scale, sight):
         models = Model(student_q, student_k, student_scale), Model(teacher_q, teacher_k, teacher_scale)
         batch, heads, positions, _ = student_q.shape
-        statistics = sight.weights.new_empty(4, batch, heads, positions, 1)
+        statistics = sight.weights.new_empty(STATISTICS, batch, heads, positions, 1)
         per_head = sight.weights.new_zeros(heads)
         with full_precision(student_q):
             for queries, (s, t) in _score_blocks(models, sight):
@@ -112,7 +118,7 @@ class _AttentionKL(torch.autograd.Function):
 def _score_blocks(models: tuple[Model, Model], sight: Sight) -> Iterator[tuple[slice, list[Tensor]]]:
     """Blocks of queries, and both models' scores `[B, H, queries, keys]`, `HIDDEN` where a query does not see a key."""
     batch, heads, positions, _ = models[0].query.shape
-    most = max(1, CHUNK_BYTES // max(1, 3 * batch * heads * positions * sight.weights.dtype.itemsize))
+    most = max(1, CHUNK_BYTES // max(1, BUFFERS * batch * heads * positions * sight.weights.dtype.itemsize))
     keys = [_counted(model.key, sight) for model in models]
     for start in range(0, positions, most):
         queries = slice(start, min(start + most, positions))

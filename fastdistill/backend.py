@@ -116,7 +116,10 @@ def _trial(file: str, device: torch.device) -> str | None:
             _, statistics = ops.softmax_kl(rows, rows.clone(), None, one, ones, *form, False, 1, True, False, False)
             ops.softmax_kl_backward(one, rows, rows.clone(), None, one, ones, statistics, *form, 1)
         elif file == "attention_kl":
-            vectors, sight = [torch.zeros(1, 1, 1, 16, device=device) for _ in range(4)], (ones[None, :1], None, ones)
+            vectors, sight = (
+                [torch.zeros(1, 1, 1, 16, device=device, dtype=torch.float16) for _ in range(4)],
+                (ones[None, :1], None, ones),
+            )
             total, _, statistics = ops.attention_kl(*vectors, *sight, True, True)
             ops.attention_kl_backward(total, *vectors, *sight, statistics, True, True)
         else:

@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedConfig
 
+from fastdistill.attention_torch import BUFFERS as BUFFERS_OF_SCORES
+from fastdistill.attention_torch import CHUNK_BYTES, STATISTICS
+from fastdistill.backend import TENSOR_CORES
 from fastdistill.cross_vocab import SHARED_BUFFERS, SORTED_BUFFERS
 from fastdistill.heads import MAX_CHUNK_BYTES
 from fastdistill.linear_chunks import gpu_chunk_rows
@@ -179,8 +182,12 @@ class _Memory:
         )
 
     def components(self) -> dict[str, int]:
-        """When the last attention maps or mixtures are made, the output heads being done with."""
-        own = {"attention maps": self._attention_maps(), "router's candidates": self._candidates()}
+        """When the last attention or mixtures are compared, the output heads being done with."""
+        own = {
+            "attention maps": self._attention_maps(),
+            "attention without maps": self._attention_rows(),
+            "router's candidates": self._candidates(),
+        }
         others = {part: size for part, size in self.loss().items() if part != "a chunk of logits"}
         return others | own if any(own.values()) else {}
 
@@ -238,12 +245,31 @@ class _Memory:
 
     def _attention_maps(self) -> int:
         """Bytes of those kept for the backward pass, and of those of one block that are alive while they are made."""
-        config, heads, teacher_heads = self.config, self.student.heads, self.teacher_shape.heads
-        each = FLOAT32 * config.batch_size * config.seq_len**2
-        kept = teacher_heads + heads * (2 if config.attention_loss == "mse" else 1) if config.attention_weight else 0
-        kept += 2 * teacher_heads if config.attention_alignment_weight else 0
-        at_work = MAPS_AT_WORK * max(heads, teacher_heads) if kept else 0
-        return (kept * self.student.depth + at_work) * each
+        if not self.config.attention_weight or not self._takes_maps():
+            return 0
+        heads, teacher_heads = self.student.heads, self.teacher_shape.heads
+        kept = teacher_heads + heads * (2 if self.config.attention_loss == "mse" else 1)
+        each = FLOAT32 * self.config.batch_size * self.config.seq_len**2
+        return (kept * self.student.depth + MAPS_AT_WORK * max(heads, teacher_heads)) * each
+
+    def _takes_maps(self) -> bool:
+        """As `AttentionLoss` says."""
+        config = self.config
+        unlike = self.student.heads != self.teacher_shape.heads and config.head_map == "auto"
+        return config.attention_loss == "mse" or unlike
+
+    def _attention_rows(self) -> int:
+        """Bytes that `attention_kl` keeps, the alignment's vectors too, and those of a block of maps."""
+        config, tokens, heads, teacher = self.config, self._tokens(), self.student.heads, self.teacher_shape
+        kept = chunk = 0
+        if config.attention_weight and not self._takes_maps():
+            kept += STATISTICS * heads
+            chunk = 0 if self._is_half() and (self.device.capability or 0) >= TENSOR_CORES // 10 else heads
+        if config.attention_alignment_weight:
+            kept += STATISTICS * teacher.heads + 2 * teacher.width
+            chunk = max(chunk, teacher.heads)
+        maps = BUFFERS_OF_SCORES * FLOAT32 * chunk * tokens * config.seq_len
+        return FLOAT32 * kept * tokens * self.student.depth + min(CHUNK_BYTES, maps)
 
     def _trained(self) -> int:
         """Numbers that learn: the student's, and those of the projections to another width."""

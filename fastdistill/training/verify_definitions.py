@@ -63,6 +63,11 @@ def layer_error(form: str, s: Tensor, t: Tensor) -> Tensor:
     return error / ((t**2).mean(-1) + 1e-5) if form == "teacher_rms" else error
 
 
+def attended(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """How each head's query `[H, d]` spreads over its keys `[H, n, d]`: `[H, n]`."""
+    return torch.stack([(scale * (k @ q)).softmax(-1) for q, k in zip(queries, keys, strict=True)])
+
+
 def alignment(s: Tensor, t: Tensor, heads: int) -> Tensor:
     """KL between what states `[S, D]` of teacher and student, as queries, find among the teacher's before them; of all
     positions but the first.

@@ -13,6 +13,7 @@ from fastdistill import layer_loss, linear_cross_vocab_kl, linear_softmax_kl, sh
 from fastdistill.align import aligned_positions, shared_vocabulary
 from fastdistill.backend import WITH_KERNEL, choose_impl, obstacle_to_triton
 from fastdistill.training import verify_definitions as plain
+from fastdistill.training.verify_attention import attention_parities
 from fastdistill.training.verify_numbers import equal, parity, refused, true
 
 CPU = torch.device("cpu")
@@ -162,7 +163,12 @@ def losses() -> list[str]:
     targets = shift_targets(ids, mask).tolist()
     by_hand = [[1, 2, 3, 4, 5, 6, -100], [8, 9, 10, -100, -100, -100, -100]]
     seen = [true(f"targets of 0 1 2 3 4 5 6 and 7 8 9 10 + padding: {targets}", targets == by_hand)]
-    return seen + softmax_parities(CPU, "torch") + linear_parities(CPU, "torch")
+    return [
+        *seen,
+        *softmax_parities(CPU, "torch"),
+        *linear_parities(CPU, "torch"),
+        *attention_parities(CPU, "torch"),
+    ]
 
 
 _TERMS = {
@@ -241,13 +247,17 @@ def kernels() -> list[str]:
 def on_device(device: torch.device) -> list[str]:
     """What runs there, why where that is not a kernel, and its parities."""
     seen, chosen = [], {}
+    half = torch.empty(0, dtype=torch.float16)
     for operation, file in WITH_KERNEL.items():
-        chosen[operation] = choose_impl(operation, None, device)
+        multiplies = [half] if operation == "attention_kl" else []
+        chosen[operation] = choose_impl(operation, None, device, multiplies=multiplies)
         line = f"{operation} runs {'its Triton kernels' if chosen[operation] == 'triton' else 'the PyTorch path'}"
         if asked := os.environ.get("FASTDISTILL_IMPL"):
             line += f": FASTDISTILL_IMPL={asked}"
         elif obstacle := obstacle_to_triton(device.type, device.index, file):
             line += f": {obstacle}"
+        elif multiplies:
+            line += " in half precision"
         seen.append(line)
     return [
         *seen,
@@ -255,6 +265,7 @@ def on_device(device: torch.device) -> list[str]:
         *linear_parities(device, chosen["linear_softmax_kl"]),
         *cross_vocab_parities(device, chosen["softmax_kl"]),
         *layer_parities(device, chosen["layer_loss"]),
+        *attention_parities(device, chosen["attention_kl"]),
     ]
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from fastdistill.training.config import Config
 from fastdistill.training.demo import teacher_recipe, untrained_teacher
-from fastdistill.training.estimate import CPU, H200, P100, Device, Estimate, estimate
+from fastdistill.training.estimate import CPU, H200, P100, Device, Estimate, _Memory, estimate
 from fastdistill.training.preset_shapes import PAIRS, STAND_IN, estimate_preset
 from fastdistill.training.presets import PRESETS
 from fastdistill.training.shapes import Shape, kept_bytes
@@ -132,6 +132,30 @@ def test_each_setting_has_its_part():
     assert crossed["states compared"] == 32 * (5 * (4 * 16 + 2 * 32) + 4 * 2 * (16 + 32))
     assert crossed["gradients of the losses"] == 2 * 4 * 16 * (32 + 61)
     assert wide.parameters > shape.parameters
+
+
+def test_attention_takes_maps_only_where_heads_are_averaged_or_squares_taken():
+    base = Config(batch_size=2, seq_len=512, packing="stream", kd_weight=0.0, lm_weight=1e-9, attention_weight=1.0)
+    map_bytes, row = 4 * 2 * 512**2, 4 * 2 * 512
+    shape, fewer = Shape.of(LLAMA), LlamaConfig(**{**SMALL, "num_attention_heads": 2, "num_key_value_heads": 2})
+
+    def memory(device=P100, teacher=LLAMA, **settings) -> tuple[int, int]:
+        config = dataclasses.replace(base, **settings)
+        found = _Memory(config, shape, Shape.of(teacher), LLAMA, device, False).components()
+        return found["attention maps"], found["attention without maps"]
+
+    heads, depth = shape.heads, shape.depth
+    rows = depth * 4 * heads * row
+    assert memory() == (0, rows + 3 * heads * map_bytes)
+    assert memory(H200) == (0, rows)
+    assert memory(H200, precision="fp32") == (0, rows + 3 * heads * map_bytes)
+    assert memory(attention_loss="mse") == ((3 * heads * depth + 5 * heads) * map_bytes, 0)
+    assert memory(teacher=fewer) == (((heads + 2) * depth + 5 * heads) * map_bytes, 0)
+    assert memory(teacher=fewer, head_map="0:0,1:1") == (0, rows + 3 * heads * map_bytes)
+    kept = depth * (4 * heads + 2 * shape.width) * row
+    aligned = {"attention_weight": 0.0, "attention_alignment_weight": 1.0}
+    assert memory(H200, **aligned) == (0, kept + 3 * heads * map_bytes)
+    assert memory(seq_len=8192)[1] == 16 * rows + (32 << 20)
 
 
 def test_a_chunk_is_as_long_as_the_device_takes_it():

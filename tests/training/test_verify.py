@@ -11,12 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from fastdistill import __main__, cross_vocab, heads, hidden_states, layer_loss_torch, losses, softmax_kl_torch
+from fastdistill import (
+    __main__,
+    attention_torch,
+    cross_vocab,
+    heads,
+    hidden_states,
+    layer_loss_torch,
+    losses,
+    softmax_kl_torch,
+)
+from fastdistill import attention as operation
 from fastdistill.training import (
     attention,
+    attention_alignment,
     blocks,
     checkpoint,
-    component,
     curriculum,
     engine,
     evaluate,
@@ -207,12 +217,9 @@ def another_block(function: Any) -> Any:
     return lambda config, layer_map: function(config, dataclasses.replace(layer_map, pairs=((0, 0),)))
 
 
-def sees_what_comes_after(function: Any) -> Any:
-    def faulty(self, itself):
-        seen = function(self, itself=itself)
-        return seen | (seen.mT & seen.any(-1, keepdim=True))
-
-    return faulty
+def unlike(**changed: Any) -> Any:
+    """A sight of which a part is other than it was asked for."""
+    return lambda function: lambda *arguments: function(*arguments)._replace(**changed)
 
 
 def falls_to_nothing(function: Any) -> Any:
@@ -358,14 +365,23 @@ FAULTS = {
         ("Code Structure", "layerwise, of documents", blocks.Inputs, "past_first", nothing_skipped),
     "another block of the teacher":
         ("Code Structure", "layerwise, of documents", LayerwiseLoss, "of", another_block),
-    "attention the other way round":
-        ("Components", "attention, of documents", attention, "_FORMS",
-         lambda forms: {name: lambda s, t, form=form: form(t, s) for name, form in forms.items()}),
+    "attention with other scales than the models'":
+        ("Components", "attention, of documents", attention, "attention_kl", with_keywords(scale=1.0)),
     "attention to what comes after":
-        ("Components", "attention, of documents", component.Counterparts, "visible", sees_what_comes_after),
+        ("Components", "attention, of documents", attention, "attention_kl", with_keywords(causal=False)),
     "a position aligned with itself":
-        ("Components", "attention_alignment, of documents", component.Counterparts, "visible",
-         lambda function: lambda self, itself: function(self, itself=True)),
+        ("Components", "attention_alignment, of documents", attention_alignment, "attention_kl",
+         with_keywords(itself=True)),
+    "attention's own position seen where it should not":
+        ("Losses", "attention_kl, before it", operation, "Sight", unlike(itself=True)),
+    "attention_kl of all documents together":
+        ("Losses", "attention_kl, causal", operation, "Sight", unlike(documents=None)),
+    "attention_kl of what comes after":
+        ("Losses", "attention_kl, causal", operation, "Sight", unlike(causal=False)),
+    "attention_kl with one scale for both":
+        ("Losses", "attention_kl, causal", operation, "attention_scales", lambda function: lambda *_: (0.7, 0.7)),
+    "attention_kl's gradient 1 % too large":
+        ("Losses", "gradient 1.0e-02 away", attention_torch._AttentionKL, "backward", gradient_scaled),
     "alignment's positions that see nothing counted":
         ("Components", "attention_alignment, of documents", AttentionAlignmentLoss, "count",
          lambda function: lambda self, batch: batch.mask.sum()),
