@@ -9,6 +9,7 @@ from typing import Any
 
 COLUMNS = ((60, "float16"), (60, "bfloat16"), (75, "float16"), (80, "bfloat16"), (90, "bfloat16"))
 OPERATIONS = ("softmax_kl", "layer_loss")
+TILE_COLUMNS = ((60, "float16"), (75, "float16"), (80, "bfloat16"), (86, "bfloat16"), (90, "bfloat16"))
 
 
 def table(check: dict[str, Any], operation: str) -> str:
@@ -28,6 +29,29 @@ def table(check: dict[str, Any], operation: str) -> str:
     return "\n".join(lines)
 
 
+def tiles(check: dict[str, Any]) -> str:
+    """Of `attention_kl`, whose loops multiply tiles: registers a thread, and KB of shared memory a program, of the kernels
+    of the statistics, the queries' gradient and the keys' gradient.
+    """
+    found = {(each["case"], each["kernel"], each["arch"], each["dtype"]): each["code"] for each in check["results"]}
+    kernels = [f"_attention_kl_{what}_kernel" for what in ("stats", "query_grad", "key_grad")]
+    cases = sorted({case for case, kernel, *_ in found if kernel == kernels[0]})
+    lines = [
+        f"| widths of student and teacher | {' | '.join(f'sm_{arch} {dtype}' for arch, dtype in TILE_COLUMNS)} |",
+        f"| --- |{' ---: |' * len(TILE_COLUMNS)}",
+    ]
+    for case in cases:
+        codes = [[found[case, kernel, *column] for kernel in kernels] for column in TILE_COLUMNS]
+        cells = [
+            " / ".join(str(code["registers"]) for code in each)
+            + "; "
+            + " / ".join(f"{code['shared_memory'] / 1024:.0f}" for code in each)
+            for each in codes
+        ]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(codes: list[dict[str, Any]]) -> str:
     main_loops = [[loop["instructions_per_pair"] for loop in code["loops"] if loop["is_main"]] for code in codes]
     counts = main_loops[0] if len(codes) == 1 else map(sum, main_loops)
@@ -36,4 +60,4 @@ def _cell(codes: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     check = json.loads(Path(sys.argv[1]).read_text())
-    print("\n\n".join(table(check, operation) for operation in OPERATIONS))
+    print("\n\n".join([*(table(check, operation) for operation in OPERATIONS), tiles(check)]))

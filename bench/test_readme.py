@@ -31,6 +31,7 @@ def test_instruction_counts_are_those_of_the_kept_compile_check():
     assert [each for each in check["results"] if each["failures"]] == []
     page = (ROOT / "kernels" / "README.md").read_text(encoding="utf-8")
     assert [each for each in compile_table.OPERATIONS if compile_table.table(check, each) not in page] == []
+    assert compile_table.tiles(check) in page
 
 
 def test_the_memory_law_is_that_of_the_kept_points():

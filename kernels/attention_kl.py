@@ -251,8 +251,8 @@ def _attention_kl_key_grad_kernel(
     begin = 0
     if CAUSAL:
         begin = first // QUERIES * QUERIES
-    begin = tl.where(tl.max(key_counts.to(tl.int32), 0) > 0, begin, positions)
-    for member in range(GROUP_S):
+    members = tl.where(tl.max(key_counts.to(tl.int32), 0) > 0, GROUP_S, 0)  # none if none of the keys counts
+    for member in range(members):
         head = key_head * GROUP_S + member
         head_q_ptr = _of_head(student_q_ptr, head, heads, 1, stride_sqb, stride_sqh)
         head_t_ptr = _of_head(teacher_q_ptr, head, heads, 1, stride_tqb, stride_tqh)
@@ -269,6 +269,8 @@ def _attention_kl_key_grad_kernel(
             q_s = _vectors(head_q_ptr, stride_sqs, queries, counts, WIDTH_S, BLOCK_S, OPERAND_S)
             z_s = _products(key_s, q_s, COMPUTE)
             q_t = _vectors(head_t_ptr, stride_tqs, queries, counts, WIDTH_T, BLOCK_T, OPERAND_T)
+            if OPERAND_T == COMPUTE:  # without tensor cores both models' keys would fill a thread's registers
+                key_t = _vectors(head_k_ptr, stride_tks, keys, key_counts, WIDTH_T, BLOCK_T, OPERAND_T)
             z_t = _products(key_t, q_t, COMPUTE)
             of_head = statistics_ptr + head.to(tl.int64) * positions
             g = _gradient(z_s, z_t, k_s, k_t, of_head, saved, queries[None, :], counts[None, :], visible)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdistill import backend, layer_loss, linear_softmax_kl, softmax_kl
+from fastdistill import attention_kl, backend, layer_loss, linear_softmax_kl, softmax_kl
 from fastdistill.training.finding import FAULT, GOOD, NOTE, Finding
 
 LARGEST_DIFFERENCE = 1e-4
@@ -81,6 +81,9 @@ def _loss_and_gradient(operation: str, device: torch.device, impl: str) -> tuple
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=make).to(device)
 
+    def by_head(states: Tensor) -> Tensor:
+        return states.view(1, tokens, 2, -1).transpose(1, 2)
+
     tokens, vocab, width = 5, 301, 32
     hidden, weight = normal(tokens, width).requires_grad_(), normal(vocab, width)
     teacher, teacher_weight = normal(tokens, width), normal(vocab, width)
@@ -89,6 +92,7 @@ def _loss_and_gradient(operation: str, device: torch.device, impl: str) -> tuple
         "softmax_kl": lambda: softmax_kl(hidden @ weight.T, teacher @ teacher_weight.T, targets, **how),
         "linear_softmax_kl": lambda: linear_softmax_kl(hidden, weight, teacher, teacher_weight, targets, **how),
         "layer_loss": lambda: layer_loss([hidden], [teacher], normalize="layer_norm", impl=impl),
+        "attention_kl": lambda: attention_kl(by_head(hidden), by_head(hidden), *[by_head(teacher)] * 2, impl=impl),
     }
     loss = losses[operation]().loss
     (gradient,) = torch.autograd.grad(loss, hidden)
