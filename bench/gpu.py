@@ -38,6 +38,12 @@ def copy_rate(elements: int, dtype: torch.dtype) -> float:
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
 
 
+def product_rate(dtype: torch.dtype, size: int = 8192) -> float:
+    """TFLOP/s of a product of two square matrices."""
+    left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: left @ right) / 1e9
+
+
 def main(name: str, results: Callable[[], Iterator[dict[str, Any]]]) -> int:
     """`python -m bench.NAME FILE`: write results into FILE, after each that comes, and print its figures."""
     if len(sys.argv) != 2:

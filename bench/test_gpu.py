@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import gpu_attention_kl as attention
 from bench import gpu_largest_batch as batch
 from bench import gpu_layer_loss as layers
 from bench import gpu_linear_softmax_kl as linear
@@ -91,6 +92,50 @@ def test_a_result_says_what_was_run_and_how_it_compares(monkeypatch):
         assert max(each[f"{name}_error"] for name in ("loss", "dhidden", "dweight")) < 1e-5
 
 
+ATTENTION = attention.Shape(2, 4, 2, 37, 16, 24, torch.float32)
+
+
+@needs_triton
+def test_every_implementation_on_triton_computes_the_same_divergence_of_attention():
+    inputs = attention.make_inputs(ATTENTION)
+    true = attention.truth(inputs)
+    compared = attention.steps(inputs)
+    assert compared.keys() == {"eager", "torch.compile", "fastdistill", "fastdistill, PyTorch path"}
+    for name, step in compared.items():
+        assert max(map(relative_error, step(), true)) < 1e-5, name
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_result_of_attention_says_what_was_run_and_its_rate_or_that_memory_did_not_suffice(monkeypatch, fits):
+    """Its times, rates and peaks are stood in for, and so is what needs Triton."""
+    steps = attention.steps
+
+    def some(inputs):
+        def too_large():
+            raise torch.OutOfMemoryError
+
+        return {"eager": steps(inputs)["eager"] if fits else too_large, "last": steps(inputs)["eager"]}
+
+    monkeypatch.setattr(attention, "SHAPES", [ATTENTION])
+    monkeypatch.setattr(attention, "steps", some)
+    monkeypatch.setattr(attention, "median_ms", lambda step: (step(), 2.0)[1])
+    monkeypatch.setattr(attention, "peak_bytes", lambda step: (step(), 1_000_000)[1])
+    monkeypatch.setattr(attention, "product_rate", lambda dtype: 0.01)
+    eager, last = attention.results()
+    assert (eager["implementation"], last["implementation"]) == ("eager", "last")
+    for each in (eager, last) if fits else (last,):
+        products = 5 * 16 + 3 * 24  # rows and columns of each, halved because later keys are not seen
+        assert each["tflop_per_s"] == pytest.approx(2 * 2 * 4 * 37 * 37 * products / 2 / 2e-3 / 1e12)
+        assert each["of_product"] == pytest.approx(each["tflop_per_s"] / 0.01)
+        assert each["peak_mb_beyond_gradients"] == pytest.approx(1 - 4 * 2 * 6 * 37 * 16 / 1e6)
+        assert max(each[f"{name}_error"] for name in ("loss", "dq", "dk")) < 1e-5
+    assert fits or eager == {key: eager[key] for key in attention.Shape._fields} | {
+        "implementation": "eager",
+        "product_tflop_per_s": 0.01,
+        "out_of_memory": True,
+    }
+
+
 def test_the_bare_products_are_those_of_the_loss():
     inputs = linear.make_inputs(linear.Shape(300, 129, 16, 24, torch.float32))
     dhidden, dweight = linear.products_step(inputs, 128)
@@ -115,7 +160,9 @@ def test_the_largest_that_fits_is_found(limit):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
-@pytest.mark.parametrize("name", ["gpu_softmax_kl", "gpu_linear_softmax_kl", "gpu_layer_loss", "gpu_largest_batch"])
+@pytest.mark.parametrize(
+    "name", ["gpu_softmax_kl", "gpu_linear_softmax_kl", "gpu_layer_loss", "gpu_attention_kl", "gpu_largest_batch"]
+)
 def test_a_machine_without_a_gpu_is_told_so(name, tmp_path):
     command = [sys.executable, "-m", f"bench.{name}", str(tmp_path / "results.json")]
     process = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
