@@ -58,6 +58,6 @@ def test_attention_kl(measure, size, which, implementation):
 
 
 def test_the_peak_of_what_was_compiled_is_that_of_its_step():
-    """Some maps, and neither nothing nor the compiler's hundreds of MB."""
-    peak_mb = peak_memory_mb("attention_kl", implementation="torch.compile", shape=(1, 9, 3, 512, 64))
-    assert 1 < peak_mb * 1e6 / (4 * 9 * 512**2) < 6
+    """Some maps: neither nothing nor what the compiler needs."""
+    peak_mb = peak_memory_mb("attention_kl", implementation="torch.compile", shape=(1, 9, 3, 256, 64))
+    assert 1 < peak_mb * 1e6 / (4 * 9 * 256**2) < 6

@@ -30,8 +30,8 @@ def table(check: dict[str, Any], operation: str) -> str:
 
 
 def tiles(check: dict[str, Any]) -> str:
-    """Of `attention_kl`, whose loops multiply tiles: registers a thread, and KB of shared memory a program, of the kernels
-    of the statistics, the queries' gradient and the keys' gradient.
+    """Of `attention_kl`, whose loops multiply tiles: registers a thread, then KB of shared memory a program, of each of its
+    kernels in the order in which they run.
     """
     found = {(each["case"], each["kernel"], each["arch"], each["dtype"]): each["code"] for each in check["results"]}
     kernels = [f"_attention_kl_{what}_kernel" for what in ("stats", "query_grad", "key_grad")]

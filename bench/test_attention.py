@@ -12,7 +12,7 @@ import torch
 from bench import attention
 from bench.attention import COMPILED, IMPLEMENTATIONS, MAPS, OURS, Case
 from fastdistill import reference
-from fastdistill.attention_torch import CHUNK_BYTES
+from fastdistill.attention_torch import CHUNK_BYTES, GPU_CHUNK_BYTES, MIN_QUERIES
 from fastdistill.testing import random_normal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,8 @@ def test_figures_in_the_prose_are_kept_or_the_code_s():
     assert len(figures) >= 2
     cells = re.findall(r"\d[\d,]*[.,]\d+", attention.table(RESULTS))
     assert [figure for figure in figures if figure not in cells] == []
-    assert re.findall(r"(\d+) MiB", rest) == [str(CHUNK_BYTES >> 20)]
+    assert re.findall(r"(\d+) MiB", rest) == [str(size >> 20) for size in (CHUNK_BYTES, GPU_CHUNK_BYTES)]
+    assert re.findall(r"(\d+) queries", rest) == [str(MIN_QUERIES)]
 
 
 def test_every_case_was_measured_with_all_that_fits():

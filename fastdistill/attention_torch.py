@@ -18,9 +18,14 @@ from fastdistill.reference import HIDDEN
 BUFFERS = 3
 """Of a block of queries' scores, `[B, H, queries, S]`, that are alive at a time."""
 
-CHUNK_BYTES = 32 << 20
-"""Bytes of these together: large beside the cost of launching their operations, small beside the queries and keys of a
-long text. Never measured on a GPU."""
+CHUNK_BYTES = 2 << 20
+"""Bytes of these together on a CPU, whose second-level caches should hold them. Smaller blocks also see fewer keys."""
+
+GPU_CHUNK_BYTES = 128 << 20
+"""The same on a GPU, where a block must be large beside the cost of launching its operations. Never measured on one."""
+
+MIN_QUERIES = 16
+"""Of a block, whatever its bytes: products of fewer rows are slow."""
 
 STATISTICS = 4
 """Numbers that are kept of a query and head: maximum and sum of both models."""
@@ -59,6 +64,12 @@ class Sight(NamedTuple):
 
     def keys(self, queries: slice) -> int:
         return queries.stop if self.causal else self.weights.shape[1]
+
+
+def block_queries(heads: int, positions: int, itemsize: int, device_type: str) -> int:
+    """How many queries a block has; `heads` counts those of all rows, `itemsize` the bytes of a score."""
+    most = CHUNK_BYTES if device_type == "cpu" else GPU_CHUNK_BYTES
+    return max(MIN_QUERIES, most // max(1, BUFFERS * heads * positions * itemsize))
 
 
 def attention_kl(student: Model, teacher: Model, sight: Sight) -> tuple[Tensor, Tensor]:
@@ -118,7 +129,7 @@ class _AttentionKL(torch.autograd.Function):
 def _score_blocks(models: tuple[Model, Model], sight: Sight) -> Iterator[tuple[slice, list[Tensor]]]:
     """Blocks of queries, and both models' scores `[B, H, queries, keys]`, `HIDDEN` where a query does not see a key."""
     batch, heads, positions, _ = models[0].query.shape
-    most = max(1, CHUNK_BYTES // max(1, BUFFERS * batch * heads * positions * sight.weights.dtype.itemsize))
+    most = block_queries(batch * heads, positions, sight.weights.dtype.itemsize, sight.weights.device.type)
     keys = [_counted(model.key, sight) for model in models]
     for start in range(0, positions, most):
         queries = slice(start, min(start + most, positions))

@@ -14,8 +14,9 @@ Products of half precision are exact in tensor cores, which add them up in float
 keys' dtype for its product, and what may be tiny (1 / num_tokens, the incoming gradient) comes after it, in float32.
 Elsewhere operands and products are float32.
 
-Products of [S, S] and d: 2 d_s + 2 d_t flops forward, 6 d_s + 4 d_t backward (scores twice), half of it if causal.
-Bytes: the vectors are read once for each block of the other side; nothing of size S^2 is stored.
+Flops for each query and key that it sees: 2 d_s + 2 d_t forward and 8 d_s + 4 d_t backward, where each kernel makes
+both scores anew and multiplies by the gradient. Bytes: the vectors are read once for each block of the other side;
+nothing of size S^2 is stored.
 
 The compiled code has been run by an interpreter of PTX on a CPU (sm_60), never yet on a GPU.
 """

@@ -173,8 +173,16 @@ def test_weights_and_scores_of_any_size_match_the_definition(weight, scale, impl
 @each_case
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_the_size_of_a_block_does_not_change_the_result(rows, case, monkeypatch):
-    monkeypatch.setattr(attention_torch, "CHUNK_BYTES", attention_torch.BUFFERS * 4 * B * H * S * rows)
+    monkeypatch.setattr(attention_torch, "block_queries", lambda *sizes: rows)
     assert_matches_definition(random_attention(B, H, S, D) | case, "torch")
+
+
+def test_a_block_is_as_large_as_the_device_takes_it_and_16_queries_at_least():
+    queries = attention_torch.block_queries
+    assert queries(9, 256, 4, "cpu") == (2 << 20) // (3 * 4 * 9 * 256)
+    assert queries(9, 256, 4, "cuda") == (128 << 20) // (3 * 4 * 9 * 256)
+    assert queries(9, 8192, 4, "cpu") == 16
+    assert queries(0, 0, 4, "cpu") == 2 << 20
 
 
 LAYOUTS = {

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from transformers import PreTrainedConfig
 
 from fastdistill.attention_torch import BUFFERS as BUFFERS_OF_SCORES
-from fastdistill.attention_torch import CHUNK_BYTES, STATISTICS
+from fastdistill.attention_torch import STATISTICS, block_queries
 from fastdistill.backend import TENSOR_CORES
 from fastdistill.cross_vocab import SHARED_BUFFERS, SORTED_BUFFERS
 from fastdistill.heads import MAX_CHUNK_BYTES
@@ -268,8 +268,11 @@ class _Memory:
         if config.attention_alignment_weight:
             kept += STATISTICS * teacher.heads + 2 * teacher.width
             chunk = max(chunk, teacher.heads)
-        maps = BUFFERS_OF_SCORES * FLOAT32 * chunk * tokens * config.seq_len
-        return FLOAT32 * kept * tokens * self.student.depth + min(CHUNK_BYTES, maps)
+        all_heads, positions = chunk * config.batch_size, config.seq_len
+        kind = "cpu" if self.device.capability is None else "cuda"
+        queries = min(positions, block_queries(all_heads, positions, FLOAT32, kind))
+        block = BUFFERS_OF_SCORES * FLOAT32 * all_heads * positions * queries
+        return FLOAT32 * kept * tokens * self.student.depth + block
 
     def _trained(self) -> int:
         """Numbers that learn: the student's, and those of the projections to another width."""

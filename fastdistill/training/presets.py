@@ -49,7 +49,7 @@ PRESETS = {
         },
         "the founding run's settings; name its --teacher and --student HuggingFaceTB/SmolLM-135M.\n"
         "By arithmetic, not measured, with a stand-in of 1.0B for the teacher:\n"
-        "9.6 GB at fp16; 3.9e16 FLOP, 3.5 h on a P100 at a third of its 9.3 TFLOP/s",
+        "9.7 GB at fp16; 3.9e16 FLOP, 3.5 h on a P100 at a third of its 9.3 TFLOP/s",
     ),
     "smollm": Preset(
         {
