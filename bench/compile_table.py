@@ -30,7 +30,7 @@ def table(check: dict[str, Any], operation: str) -> str:
 
 
 def tiles(check: dict[str, Any]) -> str:
-    """Of `attention_kl`, whose loops multiply tiles: registers a thread, then KB of shared memory a program, of each of its
+    """Of `attention_kl`, whose loops multiply tiles: registers a thread, then KB of shared memory a program, of its
     kernels in the order in which they run.
     """
     found = {(each["case"], each["kernel"], each["arch"], each["dtype"]): each["code"] for each in check["results"]}
