@@ -158,6 +158,17 @@ def test_attention_takes_maps_only_where_heads_are_averaged_or_squares_taken():
     assert memory(CPU, seq_len=8192)[1] == 16 * rows + 3 * heads * 16 * map_bytes // 32
 
 
+def test_contrast_has_cosines_of_tokens_where_texts_are_few():
+    def cosines(batch_size: int, negatives: str, weight: float = 0.1) -> int:
+        config = Config(batch_size=batch_size, seq_len=64, contrastive_weight=weight, contrastive_negatives=negatives)
+        shape = Shape.of(LLAMA)
+        return _Memory(config, shape, shape, LLAMA, CPU, False).components().get("cosines of tokens", 0)
+
+    table = 4 * 64**2
+    assert [cosines(2, "auto"), cosines(31, "auto"), cosines(32, "auto")] == [8 * 2 * table, 8 * 31 * table, 0]
+    assert [cosines(2, "texts"), cosines(64, "tokens"), cosines(2, "tokens", 0.0)] == [0, 8 * 64 * table, 0]
+
+
 def test_a_chunk_is_as_long_as_the_device_takes_it():
     config = Config(batch_size=64, seq_len=128, packing="stream", gradient_checkpointing=True)
     vocab = LlamaConfig(**{**SMALL, "vocab_size": 50_000})
