@@ -29,8 +29,7 @@ MAPS_AT_WORK = 5
 """Attention maps of one block that are alive for a moment beside those that are kept, measured on a CPU."""
 
 CONTRASTS_AT_WORK = 8
-"""Tables of cosines `[B, S, S]` of tokens that are alive when the last of the two directions is made, measured on a CPU:
-7.3 to 7.8."""
+"""Tables of cosines `[B, S, S]` of tokens that are alive when the second direction is made, measured on a CPU."""
 
 BACKWARD_WIDEST, TEACHER_WIDEST = 3, 5
 """How many states as wide as the widest inside a block are alive for a moment, beside what is kept: in a block's
