@@ -53,7 +53,10 @@ def test_the_quick_start_shows_what_doctor_printed():
         "kernels/README.md",
         *(
             f"docs/{name}"
-            for name in ("evaluation.md", "kaggle.ipynb", "layerwise.md", "memory.md", "presets.md", "quickstart.md")
+            for name in (
+                *("attention.md", "evaluation.md", "how-it-works.md", "kaggle.ipynb", "layerwise.md", "memory.md"),
+                *("objectives.md", "presets.md", "quickstart.md"),
+            )
         ),
     ],
 )

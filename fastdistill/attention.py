@@ -72,12 +72,12 @@ def attention_kl(
     weights = weights.to(compute_dtype(student_q))
     sight = Sight(weights, documents, bool(causal), bool(itself))
     student = Model(student_q, student_k, student_scale)
-    teacher = Model(teacher_q.detach(), teacher_k.detach(), teacher_scale)
+    teacher = Model(teacher_q, teacher_k, teacher_scale)
     use_triton = choose_impl("attention_kl", impl, student_q.device, multiplies=(student_q, teacher_q)) == "triton"
     compute = _attention_kl_triton if use_triton else attention_torch.attention_kl
     total, per_head = compute(student, teacher, sight)
     num_tokens = count_tokens(num_tokens, weights)
-    return AttentionKLOutput(mean(total, num_tokens) / len(per_head), mean(per_head.detach(), num_tokens))
+    return AttentionKLOutput(mean(total, num_tokens) / len(per_head), mean(per_head, num_tokens))
 
 
 def _attention_kl_triton(student: Model, teacher: Model, sight: Sight) -> tuple[Tensor, Tensor]:
