@@ -40,6 +40,14 @@ def test_the_memory_law_is_that_of_the_kept_points():
         assert part in page
 
 
+def test_the_post_mortem_shows_what_was_measured_of_layers():
+    page, measured = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("postmortem.md", "layerwise.md"))
+    rest = re.sub(r"(?s)```.*?```", "", page)
+    figures = re.findall(r"\d+\.\d{3}\b", rest)
+    assert len(figures) == 2
+    assert all(f"| {figure} |" in measured for figure in figures)
+
+
 def test_the_quick_start_shows_what_doctor_printed():
     assert (ROOT / "docs" / "doctor.txt").read_text(encoding="utf-8") in (ROOT / "docs" / "quickstart.md").read_text(
         encoding="utf-8"
@@ -55,7 +63,7 @@ def test_the_quick_start_shows_what_doctor_printed():
             f"docs/{name}"
             for name in (
                 *("attention.md", "evaluation.md", "how-it-works.md", "kaggle.ipynb", "layerwise.md", "memory.md"),
-                *("objectives.md", "presets.md", "quickstart.md"),
+                *("objectives.md", "postmortem.md", "presets.md", "quickstart.md"),
             )
         ),
     ],
