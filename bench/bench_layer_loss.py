@@ -22,7 +22,7 @@ from bench.operation import Case, Loss, Operation, compiled, counted, normal, va
 from fastdistill import reference
 from fastdistill.testing import DEVICE
 
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "mse": {"metric": "mse", "normalize": "none"},
     "mse layer_norm": {"metric": "mse", "normalize": "layer_norm"},
     "mse teacher_rms": {"metric": "mse", "normalize": "teacher_rms"},
@@ -82,7 +82,8 @@ def ours(case: Case, impl: str | None = None) -> Loss:
 
 
 def definition(case: Case, implementation: str) -> Loss:
-    return lambda **inputs: reference.layer_loss(**inputs, **FORMS[case.form]).loss
+    form = FORMS[case.form]
+    return lambda **inputs: reference.layer_loss(**inputs, **form).loss
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Case], Loss]] = {

@@ -50,18 +50,17 @@ def measure(benchmark) -> Callable[[Operation, Case, str, str], None]:
         try:
             compare(operation, implementation, operation.tiny(case))
             step = make_step(operation, implementation, case, pass_)
-        except Cannot as reason:
-            pytest.skip(str(reason))
-        if benchmark.disabled:
-            benchmark.pedantic(step.run, setup=step.prepare)
-            return
-        roof = ROOFS[operation.roof](case.torch_dtype)
-        try:
+            if benchmark.disabled:
+                benchmark.pedantic(step.run, setup=step.prepare)
+                return
+            roof = ROOFS[operation.roof](case.torch_dtype)
             benchmark.pedantic(step.run, setup=step.prepare, rounds=_rounds(step))
             peak_mb = None
             if pass_ == "both":
                 on_gpu = DEVICE == "cuda"
                 peak_mb = gpu_peak_memory_mb(step) if on_gpu else peak_memory_mb(operation.name, implementation, case)
+        except Cannot as reason:
+            pytest.skip(str(reason))
         except torch.OutOfMemoryError:
             pytest.skip("the GPU's memory does not suffice")
         seconds = benchmark.stats.stats.median
@@ -71,10 +70,13 @@ def measure(benchmark) -> Callable[[Operation, Case, str, str], None]:
 
 
 def _rounds(step: Step, seconds: float = 1.0) -> int:
-    """As many as take about a second, of 3 at least; one run before, which may load or compile something."""
-    for _ in range(2):
-        step.prepare()
-        start = perf_counter()
-        step.run()
-        took = perf_counter() - start
-    return max(3, min(30, int(seconds / took)))
+    """As many as take about a second, 3 at least; after a run that may load or compile something."""
+    _seconds(step)
+    return max(3, min(30, int(seconds / _seconds(step))))
+
+
+def _seconds(step: Step) -> float:
+    step.prepare()
+    start = perf_counter()
+    step.run()
+    return perf_counter() - start

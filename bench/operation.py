@@ -15,7 +15,7 @@ from fastdistill.testing import DEVICE, in_float64, relative_error
 
 PASSES = ("forward", "backward", "both")
 
-LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}
+LIMITS = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Of relative errors against float64: does an implementation compute this loss at all? Some round every logarithm to
 the half precision that logits come in, and are not turned away for it."""
 

@@ -5,36 +5,53 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 BASELINE = "eager"
-COMMON = ("operation", "implementation", "shape", "peak_mb")
+CASE = ("dtype", "valid", "pass")
+"""Columns of results that say them; early ones were all fp32, forward and backward."""
+MEASURED = ("implementation", "peak_mb", "tokens_per_s", "gb_per_s", "tflop_per_s", "roof", "of_roof")
 
 
-def case_of(info: dict) -> tuple[str, ...]:
-    """(operation with its options, shape): what two implementations have in common."""
-    options = [str(value) for name, value in info.items() if name not in COMMON]
-    return " ".join([info["operation"], *options]), " x ".join(map(str, info["shape"]))
+def case_of(info: dict[str, Any]) -> tuple[str, ...]:
+    """(operation with its options, shape, what else is said of it): what two implementations have in common."""
+    apart = ("operation", "shape", *CASE, *MEASURED)
+    options = [str(value) for name, value in info.items() if name not in apart]
+    shape = " x ".join(map(str, info["shape"]))
+    return " ".join([info["operation"], *options]), shape, *(str(info[name]) for name in CASE if name in info)
 
 
-def table(result: dict) -> str:
+def rate_of(info: dict[str, Any]) -> tuple[str, str]:
+    """(GB/s or TFLOP/s, its share of the roof), where a result has them."""
+    for name, unit in (("gb_per_s", "GB/s"), ("tflop_per_s", "TFLOP/s")):
+        if name in info:
+            return f"{info[name]:.3g} {unit}", f"{info['of_roof']:.2f}"
+    return "", ""
+
+
+def table(result: dict[str, Any]) -> str:
     benchmarks = [(each["extra_info"], each["stats"]["median"]) for each in result["benchmarks"]]
     baseline = {case_of(info): median for info, median in benchmarks if info["implementation"] == BASELINE}
     machine, timer = result["machine_info"], result["benchmarks"][0]["options"]["timer"]
     processor, threads = machine["gpu"] or machine["cpu"], machine["threads"]
+    has_passes = any("pass" in info for info, _ in benchmarks)
+    words = ["operation", "shape", *(CASE if has_passes else ()), "implementation"]
+    figures = ["ms, median", f"of {BASELINE}", *(("rate", "of roof") if has_passes else ()), "peak MB above inputs"]
     lines = [
         f"{processor}, CPU threads: {threads}, torch {machine['torch']}, timer: {timer}",
         "",
-        f"| operation | shape | implementation | ms, median | of {BASELINE} | peak MB above inputs |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        f"| {' | '.join([*words, *figures])} |",
+        f"| {' | '.join(['---'] * len(words) + ['---:'] * len(figures))} |",
     ]
     for info, median in benchmarks:
-        ratio = median / baseline[case_of(info)]
+        eager = baseline.get(case_of(info))
         cells = (
             *case_of(info),
             info["implementation"],
             f"{median * 1e3:.1f}",
-            f"{ratio:.2f}",
-            f"{info['peak_mb']:.0f}",
+            f"{median / eager:.2f}" if eager else "",
+            *(rate_of(info) if has_passes else ()),
+            f"{info['peak_mb']:.0f}" if "peak_mb" in info else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
