@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from bench import bench_attention_kl, bench_layer_loss, bench_linear_softmax_kl, bench_softmax_kl
 from bench.operation import Cannot, Case, Operation, compare, make_step, random_valid, result, valid_positions
@@ -23,13 +24,14 @@ OPERATIONS = [
 CASE = Case((3,), "square")
 
 
-def squares(factor: float, calls: list[Tensor]) -> Operation:
-    """Of an input `x`, whose implementation is `factor` times the definition, and the tensors it was called with."""
+def squares(calls: list[Tensor], value: float = 1.0, gradient: float = 1.0) -> Operation:
+    """Of an input `x`, whose implementation is that many times the definition; it notes what it is called with."""
     x = torch.arange(1.0, 4.0, device=DEVICE)
 
     def loss(x: Tensor) -> Tensor:
         calls.append(x)
-        return factor * x.square().sum()
+        exact = x.square().sum()
+        return value * exact.detach() + gradient * (exact - exact.detach())
 
     return Operation(
         name="square",
@@ -48,7 +50,7 @@ def squares(factor: float, calls: list[Tensor]) -> Operation:
 @pytest.mark.parametrize(("pass_", "in_prepare", "in_run"), [("forward", 0, 1), ("backward", 1, 0), ("both", 0, 1)])
 def test_a_pass_makes_its_graph_when_it_should_and_its_gradient_once(pass_, in_prepare, in_run):
     calls: list[Tensor] = []
-    step = make_step(squares(1, calls), "eager", CASE, pass_)
+    step = make_step(squares(calls), "eager", CASE, pass_)
     for _ in range(3):
         calls.clear()
         step.prepare()
@@ -63,10 +65,11 @@ def test_a_pass_makes_its_graph_when_it_should_and_its_gradient_once(pass_, in_p
         assert gradient.tolist() == [2, 4, 6]
 
 
-def test_another_loss_is_not_timed():
-    compare(squares(1, []), "eager", CASE)
+@pytest.mark.parametrize("fault", [{"value": 1.001}, {"gradient": 1.001}])
+def test_another_loss_is_not_timed(fault):
+    compare(squares([]), "eager", CASE)
     with pytest.raises(AssertionError, match="eager is another loss than square's"):
-        compare(squares(1.001, []), "eager", CASE)
+        compare(squares([], **fault), "eager", CASE)
 
 
 @pytest.mark.parametrize("module", ["no_such_library", "torch.no_such_module"])
@@ -79,6 +82,20 @@ def test_a_library_that_is_not_there_is_told(module):
 def test_the_share_that_counts_is_exact(valid, count):
     assert random_valid(40, valid).sum() == count
     assert valid_positions(2, 40, valid).sum(1).tolist() == [count, count]
+
+
+@pytest.mark.parametrize(
+    ("operation", "input_name"),
+    zip(OPERATIONS, ["student_logits", "student_hidden", "student_states", "student_k"], strict=True),
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_gradients_go_to_the_share_that_counts(operation, input_name):
+    case = operation.cases["tiny"][-1]
+    inputs = operation.make_inputs(case)
+    leaf = tree_leaves(inputs[input_name])[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(operation.definition(case, "eager")(**inputs), leaf)
+    assert case.valid == 0.5
+    assert (gradient != 0).any(-1).float().mean() == 0.5
 
 
 @pytest.mark.parametrize(
