@@ -1,24 +1,49 @@
-"""layer_loss over mapped layers, forward and backward, beside what one would write without it."""
+"""layer_loss over mapped layers beside what one would write without it, eager and compiled.
+
+Liger-Kernel, TRL and torchtune have no loss on hidden states. torch.compile is given one layer, and run on each: the
+graph of 32 would take it minutes.
+
+Bytes are the floor: 2 elements a pair of the tokens that count are read, and backward writes a gradient for every
+pair; so 3 elements a pair where all count.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastdistill
+from bench.operation import Case, Loss, Operation, compiled, counted, normal, valid_positions
+from fastdistill import reference
+from fastdistill.testing import DEVICE
 
-SHAPES = {"large": (12, 8, 512, 768), "small": (6, 2, 512, 768), "tiny": (2, 2, 3, 8)}
-"""Layers, sequences, positions, width."""
-FORMS = [("mse", "none"), ("mse", "layer_norm"), ("mse", "teacher_rms"), ("cosine", "none")]
+FORMS: dict[str, dict[str, Any]] = {
+    "mse": {"metric": "mse", "normalize": "none"},
+    "mse layer_norm": {"metric": "mse", "normalize": "layer_norm"},
+    "mse teacher_rms": {"metric": "mse", "normalize": "teacher_rms"},
+    "cosine": {"metric": "cosine", "normalize": "none"},
+}
+
+
+def make_inputs(case: Case) -> dict[str, Any]:
+    layers, *state = case.shape
+    states = {
+        f"{model}_states": [
+            normal(*state, seed=seed + layer, scale=2, dtype=case.torch_dtype) for layer in range(layers)
+        ]
+        for model, seed in (("student", 0), ("teacher", 1000))
+    }
+    return states | {"mask": valid_positions(state[0], state[1], case.valid)}
 
 
 def distance(s: Tensor, t: Tensor, metric: str, normalize: str) -> Tensor:
     """Of each token, `[B, S]`."""
+    s, t = s.float(), t.float()
     if metric == "cosine":
         return 1 - F.cosine_similarity(s, t, dim=-1)
     if normalize == "layer_norm":
@@ -27,53 +52,90 @@ def distance(s: Tensor, t: Tensor, metric: str, normalize: str) -> Tensor:
     return error / (t.square().mean(-1) + 1e-5) if normalize == "teacher_rms" else error
 
 
-def eager(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, **form: str) -> Tensor:
+def layer(form: dict[str, str], valid: float, s: Tensor, t: Tensor, mask: Tensor) -> Tensor:
     """The shortest composition in PyTorch."""
-    count = mask.sum()
-    losses = [(distance(s, t, **form) * mask).sum() / count for s, t in zip(student, teacher, strict=True)]
-    return torch.stack(losses).mean()
+    if valid == 1:
+        return distance(s, t, **form).mean()
+    return (distance(s, t, **form) * mask).sum() / mask.sum()
 
 
-def ours(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor, *, metric: str, normalize: str) -> Tensor:
-    return fastdistill.layer_loss(student, teacher, mask, metric=metric, normalize=normalize, impl="torch").loss
+def of_layers(
+    one: Callable[..., Tensor], student_states: Sequence[Tensor], teacher_states: Sequence[Tensor], mask: Tensor
+) -> Tensor:
+    return torch.stack([one(s, t, mask) for s, t in zip(student_states, teacher_states, strict=True)]).mean()
 
 
-IMPLEMENTATIONS = {"eager": eager, "torch": ours}
+def eager(case: Case) -> Loss:
+    return partial(of_layers, partial(layer, FORMS[case.form], case.valid))
 
 
-def make_mask(sequences: int, positions: int) -> Tensor:
-    """A tenth of the positions, at the end, is padding."""
-    return torch.arange(positions).expand(sequences, positions) < positions - positions // 10
+def compiled_eager(case: Case) -> Loss:
+    return partial(of_layers, compiled(partial(layer, FORMS[case.form], case.valid)))
 
 
-def make_step(implementation: str, shape: tuple[int, int, int, int], metric: str, normalize: str) -> Callable[[], None]:
-    torch.manual_seed(0)
-    layers, *state = shape
-    student = [torch.randn(state, requires_grad=True) for _ in range(layers)]
-    teacher = [torch.randn(state) for _ in range(layers)]
-    mask = make_mask(state[0], state[1])
-    loss = partial(IMPLEMENTATIONS[implementation], student, teacher, mask, metric=metric, normalize=normalize)
+def ours(case: Case, impl: str | None = None) -> Loss:
+    def loss(student_states: Sequence[Tensor], teacher_states: Sequence[Tensor], mask: Tensor) -> Tensor:
+        counts = mask if case.valid < 1 else None
+        return fastdistill.layer_loss(student_states, teacher_states, counts, **FORMS[case.form], impl=impl).loss
 
-    def step() -> None:
-        for each in student:
-            each.grad = None
-        loss().backward()
-
-    return step
+    return loss
 
 
-@pytest.mark.parametrize(("metric", "normalize"), FORMS)
-def test_both_compute_the_same_loss(metric, normalize):
-    torch.manual_seed(0)
-    student, teacher = (torch.randn(2, 2, 20, 8).unbind() for _ in range(2))
-    form = {"metric": metric, "normalize": normalize}
-    values = [loss(student, teacher, make_mask(2, 20), **form) for loss in IMPLEMENTATIONS.values()]
-    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+def definition(case: Case, implementation: str) -> Loss:
+    form = FORMS[case.form]
+    return lambda **inputs: reference.layer_loss(**inputs, **form).loss
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("metric", "normalize"), FORMS)
-@pytest.mark.parametrize("which", ["large", "small"])
-def test_layer_loss(measure, size, which, metric, normalize, implementation):
-    case = {"implementation": implementation, "shape": SHAPES[which if size == "real" else size]}
-    measure("layer_loss", make_step, **case, metric=metric, normalize=normalize, rounds=15)
+IMPLEMENTATIONS: dict[str, Callable[[Case], Loss]] = {
+    "eager": eager,
+    "torch.compile": compiled_eager,
+    "fastdistill": ours,
+}
+if DEVICE == "cuda":  # on a CPU it is what "fastdistill" is
+    IMPLEMENTATIONS["fastdistill, PyTorch path"] = partial(ours, impl="torch")
+
+
+def work(case: Case, pass_: str) -> float:
+    layers, sequences, positions, width = case.shape
+    tokens = sequences * positions
+    read, written = 2 * sequences * counted(positions, case.valid), 0 if pass_ == "forward" else tokens
+    return layers * (read + written) * width * case.torch_dtype.itemsize
+
+
+def gpu_cases() -> list[Case]:
+    """One case in the middle, and from there one step along each axis at a time."""
+    middle = Case((32, 4, 2048, 4096), "mse layer_norm", 1.0, "bfloat16")
+    return [
+        *(middle._replace(form=form) for form in FORMS),
+        *(middle._replace(shape=shape) for shape in ((32, 1, 64, 4096), (32, 1, 2048, 4096), (6, 4, 2048, 768))),
+        *(middle._replace(valid=valid) for valid in (0.5, 0.1)),
+        middle._replace(dtype="float16"),
+        middle._replace(shape=(12, 4, 2048, 4096), dtype="float32"),
+    ]
+
+
+OPERATION = Operation(
+    name="layer_loss",
+    make_inputs=make_inputs,
+    leaves=("student_states",),
+    implementations=IMPLEMENTATIONS,
+    definition=definition,
+    tokens=lambda case: case.shape[1] * case.shape[2],
+    roof="copy",
+    work=work,
+    tiny_shape=(2, 2, 10, 8),
+    cases={
+        "tiny": [Case((2, 2, 10, 8), form, 1.0 if form == "mse" else 0.5) for form in FORMS],
+        "cpu": [
+            *(Case((12, 8, 512, 768), form) for form in FORMS),
+            *(Case((12, 8, 512, 768), "mse layer_norm", valid) for valid in (0.9, 0.1)),
+            Case((6, 2, 512, 768), "mse layer_norm"),
+        ],
+        "cuda": gpu_cases(),
+    },
+)
+"""Layers, sequences, positions, width."""
+
+
+def test_layer_loss(measure, case, implementation, pass_):
+    measure(OPERATION, case, implementation, pass_)

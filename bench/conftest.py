@@ -3,17 +3,33 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from time import perf_counter
 
 import pytest
+import torch
 
 from bench.machine import machine
-from bench.peak_memory import peak_memory_mb
+from bench.operation import PASSES, Cannot, Case, Operation, Step, compare, make_step, result
+from bench.peak_memory import gpu_peak_memory_mb, peak_memory_mb
+from bench.roof import ROOFS
+from fastdistill.testing import DEVICE
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What matters to a result, in place of host name, processor flags and the like."""
     machine_info.clear()
     machine_info.update(machine())
+
+
+def pytest_generate_tests(metafunc):
+    """An operation's cases by its implementations by passes: tiny ones, as tests, where benchmarks are disabled."""
+    if "measure" not in metafunc.fixturenames:
+        return
+    operation, option = metafunc.module.OPERATION, metafunc.config.getoption
+    disabled = option("benchmark_disable") and not option("benchmark_enable")
+    metafunc.parametrize("case", operation.cases["tiny" if disabled else DEVICE], ids=str)
+    metafunc.parametrize("implementation", operation.implementations)
+    metafunc.parametrize("pass_", PASSES)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,18 +43,40 @@ def freed_memory_is_kept():
 
 
 @pytest.fixture
-def size(benchmark) -> str:
-    """ "real", or "tiny" where benchmarks are disabled and their bodies run once as tests."""
-    return "tiny" if benchmark.disabled else "real"
+def measure(benchmark) -> Callable[[Operation, Case, str, str], None]:
+    """Compare an implementation with float64 at the tiny size, time its pass, and record what came of it."""
 
-
-@pytest.fixture
-def measure(benchmark) -> Callable[..., None]:
-    """Time `make_step(**case)()` and record the case and its peak memory."""
-
-    def run(operation: str, make_step: Callable[..., Callable[[], None]], *, rounds: int = 3, **case) -> None:
-        benchmark.pedantic(make_step(**case), rounds=rounds, warmup_rounds=1)
-        if not benchmark.disabled:
-            benchmark.extra_info.update(operation=operation, **case, peak_mb=peak_memory_mb(operation, **case))
+    def run(operation: Operation, case: Case, implementation: str, pass_: str) -> None:
+        try:
+            compare(operation, implementation, operation.tiny(case))
+            step = make_step(operation, implementation, case, pass_)
+            if benchmark.disabled:
+                benchmark.pedantic(step.run, setup=step.prepare)
+                return
+            roof = ROOFS[operation.roof](case.torch_dtype)
+            benchmark.pedantic(step.run, setup=step.prepare, rounds=_rounds(step))
+            peak_mb = None
+            if pass_ == "both":
+                on_gpu = DEVICE == "cuda"
+                peak_mb = gpu_peak_memory_mb(step) if on_gpu else peak_memory_mb(operation.name, implementation, case)
+        except Cannot as reason:
+            pytest.skip(str(reason))
+        except torch.OutOfMemoryError:
+            pytest.skip("the GPU's memory does not suffice")
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info.update(result(operation, implementation, case, pass_, seconds, roof, peak_mb))
 
     return run
+
+
+def _rounds(step: Step, seconds: float = 1.0) -> int:
+    """As many as take about a second, 3 at least; after a run that may load or compile something."""
+    _seconds(step)
+    return max(3, min(30, int(seconds / _seconds(step))))
+
+
+def _seconds(step: Step) -> float:
+    step.prepare()
+    start = perf_counter()
+    step.run()
+    return perf_counter() - start
