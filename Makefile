@@ -2,7 +2,7 @@
 # make test   the tests
 # make lint   ruff and pyright
 # make verify behaviour checks, with the numbers they saw
-# make bench  time and memory against eager PyTorch, as bench/results/<machine>-<date>.json and a table
+# make bench  time and memory beside eager PyTorch and what else is installed, as bench/results/<machine>-<date>.json and a table
 # make figures  README's and docs' tables and figures again, from the results that are kept
 # make compare OLD=... NEW=...  two files of bench/results: fails on a slower or hungrier kernel
 #
@@ -37,7 +37,7 @@ verify: $(VENV)/train-ready
 bench: $(VENV)/dev-ready
 	@mkdir -p bench/results
 	results=$$($(BIN)/python -m bench.machine) && \
-	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=$$results && \
+	$(BIN)/python -m pytest bench -rs --benchmark-enable --benchmark-only --benchmark-json=$$results && \
 	$(BIN)/python -m bench.table $$results
 
 figures: $(VENV)/dev-ready

@@ -1,4 +1,7 @@
-"""Other libraries' distillation losses, where they are installed: none is needed, and none installs the others."""
+"""Other libraries' distillation losses, where they are installed; nothing here needs them.
+
+pip install --no-deps liger-kernel trl torchtune     # fastdistill[dev] has what the first two need beside
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from bench import bench_attention_kl, bench_layer_loss, bench_linear_softmax_kl, bench_softmax_kl
 from bench.operation import Cannot, Case, Operation, compare, make_step, random_valid, result, valid_positions
 from bench.rivals import imported
-from bench.table import table
 from fastdistill.testing import DEVICE
 
 OPERATIONS = [
@@ -86,7 +82,7 @@ def test_the_share_that_counts_is_exact(valid, count):
 
 @pytest.mark.parametrize(
     ("operation", "input_name"),
-    zip(OPERATIONS, ["student_logits", "student_hidden", "student_states", "student_k"], strict=True),
+    list(zip(OPERATIONS, ["student_logits", "student_hidden", "student_states", "student_k"], strict=True)),
     ids=lambda value: getattr(value, "name", value),
 )
 def test_gradients_go_to_the_share_that_counts(operation, input_name):
@@ -130,26 +126,3 @@ def test_every_case_is_made_of_what_its_operation_has():
             assert len(case.shape) == len(operation.tiny_shape)
             assert operation.work(case, "both")
             operation.definition(case, "eager")  # knows its form
-
-
-def benchmark(implementation: str, median: float, **others: Any) -> dict[str, Any]:
-    info = {"operation": "softmax_kl", "implementation": implementation, "shape": [2, 3], **others}
-    return {"extra_info": info, "stats": {"median": median}, "options": {"timer": "perf_counter"}}
-
-
-def test_a_table_tells_passes_apart_and_leaves_out_what_was_not_measured():
-    case = {"dtype": "float32", "valid": 0.5, "options": "jsd"}
-    machine = json.loads(next(Path(__file__).parent.glob("results/*.json")).read_text())["machine_info"]
-    benchmarks = [
-        benchmark("eager", 0.004, **case, **{"pass": "forward"}),
-        benchmark("TRL", 0.002, **case, **{"pass": "forward"}),
-        benchmark("TRL", 0.002, **case, **{"pass": "both"}, gb_per_s=3.0, roof=4.0, of_roof=0.75, peak_mb=12.3),
-    ]
-    assert table({"machine_info": machine, "benchmarks": benchmarks}).splitlines()[2:] == [
-        "| operation | shape | dtype | valid | pass | implementation | ms, median | of eager | rate | of roof | "
-        "peak MB above inputs |",
-        "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| softmax_kl jsd | 2 x 3 | float32 | 0.5 | forward | eager | 4.0 | 1.00 |  |  |  |",
-        "| softmax_kl jsd | 2 x 3 | float32 | 0.5 | forward | TRL | 2.0 | 0.50 |  |  |  |",
-        "| softmax_kl jsd | 2 x 3 | float32 | 0.5 | both | TRL | 2.0 |  | 3 GB/s | 0.75 | 12 |",
-    ]

@@ -36,7 +36,7 @@ def prose(text: str) -> str:
 
 def articles(dump: Path) -> Iterator[tuple[str, str]]:
     """Title and text of each."""
-    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki  # pyright: ignore[reportMissingImports]
 
     with bz2.open(dump, "rb") as pages:
         for title, markup, _ in extract_pages(pages, filter_namespaces=("0",)):
