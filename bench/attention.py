@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench import kept
 from bench.machine import machine
-from bench.presets import markdown
+from bench.table import markdown
 from fastdistill import attention_kl, reference
 from fastdistill.testing import differentiate, peak_memory, random_attention
 

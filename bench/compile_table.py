@@ -12,6 +12,10 @@ OPERATIONS = ("softmax_kl", "layer_loss")
 TILE_COLUMNS = ((60, "float16"), (75, "float16"), (80, "bfloat16"), (86, "bfloat16"), (90, "bfloat16"))
 
 
+def tables(check: dict[str, Any]) -> str:
+    return "\n\n".join([*(table(check, operation) for operation in OPERATIONS), tiles(check)])
+
+
 def table(check: dict[str, Any], operation: str) -> str:
     """A row a case; instructions a pair for the statistics / for the gradient, then registers of each kernel."""
     two_launches = f"_{operation}_stats_kernel", f"_{operation}_grad_kernel"
@@ -59,5 +63,4 @@ def _cell(codes: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    check = json.loads(Path(sys.argv[1]).read_text())
-    print("\n\n".join([*(table(check, operation) for operation in OPERATIONS), tiles(check)]))
+    print(tables(json.loads(Path(sys.argv[1]).read_text())))

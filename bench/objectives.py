@@ -17,7 +17,8 @@ import torch
 
 from bench import kept
 from bench.machine import machine
-from bench.presets import Case, markdown
+from bench.presets import Case
+from bench.table import markdown
 from fastdistill.training.config import COMPONENTS, Config
 from fastdistill.training.measured_step import MeasuredStep, measure_step
 

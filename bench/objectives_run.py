@@ -20,7 +20,7 @@ from typing import Any
 
 from bench import kept
 from bench.machine import machine
-from bench.presets import markdown
+from bench.table import markdown
 from fastdistill.training.config import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[1]

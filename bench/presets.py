@@ -20,6 +20,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from bench import kept
 from bench.machine import machine
+from bench.table import markdown
 from fastdistill.training.config import Config
 from fastdistill.training.estimate import CPU, H200, P100, T4, Device, estimate
 from fastdistill.training.measured_step import measure_step
@@ -155,12 +156,6 @@ def checks(rows: list[dict[str, Any]]) -> str:
 
 def error(row: dict[str, Any]) -> float:
     return row["estimated_bytes"] / row["measured_bytes"] - 1
-
-
-def markdown(lines: list[list[str]], *, texts: int) -> str:
-    """A table whose first line is its head; the columns after the first `texts` are numbers."""
-    rule = ["---"] * texts + ["---:"] * (len(lines[0]) - texts)
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
-BASELINE = "eager"
-COMMON = ("operation", "implementation", "shape", "peak_mb")
+from bench.rows import BASELINE, Row, chosen, machine_line, read, rows
+
+TEXTS: dict[str, Callable[[Row], str]] = {
+    "operation": lambda row: f"{row.case.operation} {row.case.options}".rstrip(),
+    "shape": lambda row: row.case.shape,
+    "pass": lambda row: row.case.pass_,
+    "precision": lambda row: row.case.dtype,
+    "valid": lambda row: row.case.valid.removesuffix(" valid"),
+    "implementation": lambda row: row.implementation,
+}
+RATES: dict[str, Callable[[Row], str]] = {
+    "tokens/s": lambda row: number(row.tokens_per_s, ",.0f"),
+    "GB/s": lambda row: number(row.gb_per_s, ".1f"),
+    "TFLOP/s": lambda row: number(row.tflop_per_s, ".3f"),
+    "of the roof": lambda row: number(row.of_roof, ".0%"),
+}
 
 
-def case_of(info: dict) -> tuple[str, ...]:
-    """(operation with its options, shape): what two implementations have in common."""
-    options = [str(value) for name, value in info.items() if name not in COMMON]
-    return " ".join([info["operation"], *options]), " x ".join(map(str, info["shape"]))
+def number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
-def table(result: dict) -> str:
-    benchmarks = [(each["extra_info"], each["stats"]["median"]) for each in result["benchmarks"]]
-    baseline = {case_of(info): median for info, median in benchmarks if info["implementation"] == BASELINE}
-    machine, timer = result["machine_info"], result["benchmarks"][0]["options"]["timer"]
-    processor, threads = machine["gpu"] or machine["cpu"], machine["threads"]
-    lines = [
-        f"{processor}, CPU threads: {threads}, torch {machine['torch']}, timer: {timer}",
-        "",
-        f"| operation | shape | implementation | ms, median | of {BASELINE} | peak MB above inputs |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
-    ]
-    for info, median in benchmarks:
-        ratio = median / baseline[case_of(info)]
-        cells = (
-            *case_of(info),
-            info["implementation"],
-            f"{median * 1e3:.1f}",
-            f"{ratio:.2f}",
-            f"{info['peak_mb']:.0f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def table(result: Mapping[str, Any], what: str = "") -> str:
+    """Of the rows that `bench.rows.chosen` finds; a column that they leave empty is left out."""
+    found = rows(result)
+    baseline = {row.case: row.median for row in found if row.implementation == BASELINE}
+
+    def ratio(row: Row) -> str:
+        return f"{row.median / baseline[row.case]:.2f}" if row.case in baseline else ""
+
+    numbers = {
+        "ms, median": lambda row: f"{row.median * 1e3:.1f}",
+        f"of {BASELINE}": ratio,
+        "peak MB above inputs": lambda row: number(row.peak_mb, ".0f"),
+    } | RATES
+    picked = chosen(found, what)
+    columns = {name: [cell(row) for row in picked] for name, cell in (TEXTS | numbers).items()}
+    kept = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = [[*kept], *map(list, zip(*kept.values(), strict=True))]
+    timer = result["benchmarks"][0]["options"]["timer"]
+    texts = sum(name in TEXTS for name in kept)
+    return f"{machine_line(result)}, timer: {timer}\n\n{markdown(lines, texts=texts)}"
+
+
+def markdown(lines: list[list[str]], *, texts: int) -> str:
+    """A table whose first line is its head; the columns after the first `texts` are numbers."""
+    rule = ["---"] * texts + ["---:"] * (len(lines[0]) - texts)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    print(table(read(sys.argv[1])))
