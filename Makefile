@@ -3,6 +3,8 @@
 # make lint   ruff and pyright
 # make verify behaviour checks, with the numbers they saw
 # make bench  time and memory against eager PyTorch, as bench/results/<machine>-<date>.json and a table
+# make figures  README's and docs' tables and figures again, from the results that are kept
+# make compare OLD=... NEW=...  two files of bench/results: fails on a slower or hungrier kernel
 #
 # Each target sets up .venv by itself. PYTHON chooses the interpreter (3.11-3.13); PIP_ARGS is handed to pip, for
 # example PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for the small CPU build of torch.
@@ -13,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-slow lint verify bench clean
+.PHONY: demo test test-slow lint verify bench figures compare clean
 
 demo: $(VENV)/train-ready
 	$(BIN)/python train.py --preset demo
@@ -37,6 +39,12 @@ bench: $(VENV)/dev-ready
 	results=$$($(BIN)/python -m bench.machine) && \
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=$$results && \
 	$(BIN)/python -m bench.table $$results
+
+figures: $(VENV)/dev-ready
+	$(BIN)/python -m bench.pages
+
+compare: $(VENV)/dev-ready
+	$(BIN)/python -m bench.compare $(OLD) $(NEW)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -4,17 +4,17 @@ python -m bench.compare OLD.json NEW.json [--threshold 1.1] [--across-machines]
 
 Prints the cases that both have, and exits with 1 where an implementation of fastdistill's has become
 
-- slower: beyond the spread of the rounds, and by more than the threshold. Beyond the spread is a lower quartile above the
-  old upper quartile, or, of fewer than 8 rounds, whose quartiles say little, a least time above the old largest;
-- slower than eager, too: the same of times divided by eager's median, of the same case and file. A machine that is busy
-  or hot on the second day makes everything slower, the yardstick as well; that is shown as "slower as eager is" and
-  fails nothing. Each case has its own eager, since what slows a machine down need not slow products and passes over
-  memory alike. Where a file has none, the first question decides alone;
-- hungrier: by more than 5 % and 2 MB, which is what the peak of one and the same step varies by.
+- slower: beyond the spread of the rounds, and by more than the threshold. Beyond the spread is a lower quartile above
+  the old upper quartile, or, of fewer than 8 rounds, whose quartiles say little, a least time above the old largest;
+- slower than eager, too: the same of times divided by eager's median, of the same case and file. A machine that is
+  busy or hot on the second day makes everything slower, the yardstick as well; that is shown as "slower as eager is"
+  and fails nothing. Each case has its own eager, since what slows a machine down need not slow products and passes
+  over memory alike. Where a file has none, the first question decides alone;
+- hungrier: by more than 5 % and 2 MB.
 
-Eager, torch.compile and other projects' kernels are shown, and fail nothing. Exits with 2 where files cannot be compared:
-no case in common, or another machine, number of threads or torch. `--across-machines` compares these nevertheless, and
-then times by their ratio to eager alone.
+Eager, torch.compile and other projects' kernels are shown, and fail nothing. Exits with 2 where files cannot be
+compared: no case in common, or another machine, number of threads or torch. `--across-machines` compares these
+nevertheless, and then the ratio to eager alone, between the ends that the spreads of both leave it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 from bench.rows import BASELINE, OTHERS, Case, Row, read, rows
@@ -52,7 +51,7 @@ class Pair(NamedTuple):
     @property
     def beside_eager(self) -> float | None:
         """How the time has changed against eager's."""
-        if self.old_eager is None or self.new_eager is None:
+        if self.old_eager is None or self.new_eager is None or self.new.implementation == BASELINE:
             return None
         return self.ratio / (self.new_eager.median / self.old_eager.median)
 
@@ -63,7 +62,7 @@ class Pair(NamedTuple):
 
 def spread(row: Row) -> tuple[float, float]:
     """Seconds between which a round is expected."""
-    return (min(row.seconds), max(row.seconds)) if len(row.seconds) < FEW_ROUNDS else (row.low, row.high)
+    return (row.least, row.most) if row.rounds < FEW_ROUNDS else (row.low, row.high)
 
 
 def is_above(new: Row, old: Row, threshold: float, scale: float = 1.0) -> bool:
@@ -71,18 +70,32 @@ def is_above(new: Row, old: Row, threshold: float, scale: float = 1.0) -> bool:
     return spread(new)[0] / scale > spread(old)[1] and new.median / scale > threshold * old.median
 
 
-def time_verdict(pair: Pair, threshold: float, across: bool) -> str:
-    if across and pair.beside_eager is None:
-        return "not judged"
+def time_verdict(pair: Pair, threshold: float) -> str:
+    """ "slower" or "faster", "as eager is" where only that is so, or nothing."""
     machine = 1.0 if pair.beside_eager is None else pair.ratio / pair.beside_eager
-    slower = [is_above(pair.new, pair.old, threshold, scale) for scale in (1.0, machine)]
-    faster = [is_above(pair.old, pair.new, threshold, 1 / scale) for scale in (1.0, machine)]
-    for word, (absolute, relative) in (("slower", slower), ("faster", faster)):
-        if relative and (across or absolute):
-            return word
-        if absolute and not across:
-            return f"{word} as eager is"
+    for word, one, other, scale in (
+        ("slower", pair.new, pair.old, machine),
+        ("faster", pair.old, pair.new, 1 / machine),
+    ):
+        if is_above(one, other, threshold):
+            return word if is_above(one, other, threshold, scale) else f"{word} as eager is"
     return ""
+
+
+def verdict_across(pair: Pair, threshold: float) -> str:
+    """Of two machines, of which eager is the yardstick."""
+    if pair.beside_eager is None or pair.old_eager is None or pair.new_eager is None:
+        return "" if pair.new.implementation == BASELINE else "no eager"
+    old, new = beside(pair.old, pair.old_eager), beside(pair.new, pair.new_eager)
+    if new[0] > old[1] and pair.beside_eager > threshold:
+        return "slower"
+    return "faster" if old[0] > new[1] and 1 / pair.beside_eager > threshold else ""
+
+
+def beside(row: Row, eager: Row) -> tuple[float, float]:
+    """Between which the ratio of a round to one of eager's is expected."""
+    (low, high), (eager_low, eager_high) = spread(row), spread(eager)
+    return low / eager_high, high / eager_low
 
 
 def is_hungrier(pair: Pair) -> bool:
@@ -120,7 +133,8 @@ def compare(
     ]
     if not pairs:
         raise ValueError("no case is in both files")
-    verdicts = [[time_verdict(pair, threshold, across), "hungrier" if is_hungrier(pair) else ""] for pair in pairs]
+    of_time = verdict_across if across else time_verdict
+    verdicts = [[of_time(pair, threshold), "hungrier" if is_hungrier(pair) else ""] for pair in pairs]
     failures = [
         f"{pair.new.case}: {pair.new.implementation} is {word}, {change(pair, word)}"
         for pair, words in zip(pairs, verdicts, strict=True)
@@ -129,7 +143,9 @@ def compare(
     ]
     parts = [table(pairs, verdicts)]
     for name, here, there in (("new", before, after), ("old", after, before)):
-        missing = [f"- {case}: {implementation}" for case, implementation in here if (case, implementation) not in there]
+        missing = [
+            f"- {case}: {implementation}" for case, implementation in here if (case, implementation) not in there
+        ]
         if missing:
             parts.append("\n".join([f"Not in the {name} file:", "", *missing]))
     return "\n\n".join(parts), failures
@@ -146,7 +162,7 @@ def table(pairs: Sequence[Pair], verdicts: Sequence[Sequence[str]]) -> str:
     heads = ["case", "implementation", "old, ms", "new, ms", "ratio", "beside eager", "noise", "old, MB", "new, MB", ""]
     lines = [heads]
     for pair, words in zip(pairs, verdicts, strict=True):
-        noise = max((high - low) / median(row.seconds) for row in pair[:2] for low, high in [spread(row)])
+        noise = max((high - low) / row.median for row in pair[:2] for low, high in [spread(row)])
         lines.append(
             [
                 str(pair.new.case),

@@ -7,9 +7,9 @@ A part that begins with `<!-- bench/results/NAME.json: WORDS -->` and ends with 
 file's rows that `bench.rows.chosen` finds; with `as docs/bench/NAME.svg` after the file's name it is their figure. Of
 docs/runs/demo/report.md the WORDS `seed 0` show that seed's rows and the comparison of all seeds.
 
-Pages with one file of numbers each (`TIED`) need no marks: a table there is found by its head. Their sentences and
-lists, which have none, are compared alone and are for the author to write. A figure keeps the digest of what it was drawn
-of, and is checked by that, as its bytes depend on the version of matplotlib.
+Pages that belong to a file of numbers (`TIED`) need no marks: a table there is found by its head. Their sentences and
+lists, which have none, are compared alone and are for the author to write. A figure keeps the digest of what it was
+drawn of, and is checked by that, as its bytes depend on the version of matplotlib.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ class Page:
         for tied in TIED:
             if tied.page == name:
                 self._tie(tied)
-        self.stale += [
-            f"{figure.path} is not of {figure.source}" for figure in self.figures if not is_of(root, figure)
-        ]
+        self.stale += [f"{figure.path} is not of {figure.source}" for figure in self.figures if not is_of(root, figure)]
 
     def write(self) -> None:
         (self.root / self.name).write_text(self.text, encoding="utf-8")

@@ -136,7 +136,7 @@ def compare(panel: Axes, place: int, values: dict[str, float]) -> None:
         return
     ratio = f"{values[OURS] / min(others):.2f}"
     loses = float(ratio) > 1
-    look = {"color": "tab:red", "fontweight": "bold"} if loses else {"color": STYLES[OURS]["color"]}
+    look: dict[str, Any] = {"color": "tab:red", "fontweight": "bold"} if loses else {"color": STYLES[OURS]["color"]}
     panel.text(1.015, place, ratio, transform=panel.get_yaxis_transform(), va="center", fontsize=9, **look)
 
 

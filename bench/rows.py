@@ -34,12 +34,13 @@ class Row(NamedTuple):
 
     case: Case
     implementation: str
-    seconds: list[float]
-    """Of each round."""
+    rounds: int
+    least: float
     low: float
     median: float
     high: float
-    """Quartiles, in seconds."""
+    most: float
+    """Seconds a round; low and high are quartiles."""
     peak_mb: float | None
     tokens_per_s: float | None
     gb_per_s: float | None
@@ -62,11 +63,11 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
     """In the file's order. Files in which fastdistill's PyTorch path is called "torch" are read as if it were
     "fastdistill"."""
     infos = [each["extra_info"] for each in result["benchmarks"]]
-    renamed = {} if OURS in {info["implementation"] for info in infos} else {"torch": OURS}
+    renamed = () if OURS in {info["implementation"] for info in infos} else ("torch",)
     found = []
     for info, stats in zip(infos, (each["stats"] for each in result["benchmarks"]), strict=True):
-        name = renamed.get(info["implementation"], info["implementation"])
-        times = stats["data"], stats["q1"], stats["median"], stats["q3"]
+        name = OURS if info["implementation"] in renamed else info["implementation"]
+        times = (stats[key] for key in ("rounds", "min", "q1", "median", "q3", "max"))
         measured = (info.get(key) for key in ("peak_mb", "tokens_per_s", "gb_per_s", "tflop_per_s", "of_roof"))
         found.append(Row(case_of(info), name, *times, *measured))
     return found
