@@ -57,7 +57,7 @@ class Pair(NamedTuple):
 
     @property
     def is_ours(self) -> bool:
-        return self.new.implementation not in OTHERS
+        return self.new.by not in OTHERS
 
 
 def spread(row: Row) -> tuple[float, float]:

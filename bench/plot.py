@@ -89,12 +89,15 @@ def draw(found: Sequence[Row], title: str, path: Path, source: str) -> None:
 
 
 def rank(implementation: str) -> tuple[int, str]:
-    names = list(STYLES)
-    return names.index(implementation) if implementation in names else len(names), implementation
+    names, by = list(STYLES), implementation.split(",")[0]
+    return names.index(by) if by in names else len(names), implementation
 
 
 def style(implementation: str) -> dict[str, Any]:
-    return {"markersize": 6, **STYLES.get(implementation, FURTHER)}
+    """Hollow for another form of a named one."""
+    by, *form = implementation.split(",")
+    look = STYLES.get(by, FURTHER)
+    return {"markersize": 6, "markerfacecolor": "white" if form else look["color"], **look}
 
 
 def label_cases(cases: Sequence[Case]) -> tuple[str, dict[Case, str]]:
@@ -131,7 +134,7 @@ def fill(panel: Axes, found: Sequence[Row], measure: Measure, labels: dict[Case,
 
 def compare(panel: Axes, place: int, values: dict[str, float]) -> None:
     """fastdistill's number over the least of the others'."""
-    others = [value for name, value in values.items() if name != OURS]
+    others = [value for name, value in values.items() if name.split(",")[0] != OURS]
     if OURS not in values or not others or min(others) <= 0:
         return
     ratio = f"{values[OURS] / min(others):.2f}"

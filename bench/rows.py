@@ -25,8 +25,12 @@ class Case(NamedTuple):
     valid: str = ""
     """Share of the tokens that count."""
 
+    @property
+    def name(self) -> str:
+        return f"{self.operation} {self.options}".rstrip()
+
     def __str__(self) -> str:
-        return ", ".join(part for part in (f"{self.operation} {self.options}".rstrip(), *self[2:]) if part)
+        return ", ".join(filter(None, (self.name, *self[2:])))
 
 
 class Row(NamedTuple):
@@ -42,10 +46,14 @@ class Row(NamedTuple):
     most: float
     """Seconds a round; low and high are quartiles."""
     peak_mb: float | None
-    tokens_per_s: float | None
     gb_per_s: float | None
     tflop_per_s: float | None
     of_roof: float | None
+
+    @property
+    def by(self) -> str:
+        """Whose it is: "torchtune" of "torchtune, chunked"."""
+        return self.implementation.split(",")[0]
 
     @property
     def words(self) -> set[str]:
@@ -60,15 +68,17 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def rows(result: Mapping[str, Any]) -> list[Row]:
-    """In the file's order. Files in which fastdistill's PyTorch path is called "torch" are read as if it were
-    "fastdistill"."""
+    """In the file's order. Where fastdistill's PyTorch path is called "torch" it is read as "fastdistill"; a median
+    alone is read as one round.
+    """
     infos = [each["extra_info"] for each in result["benchmarks"]]
     renamed = () if OURS in {info["implementation"] for info in infos} else ("torch",)
     found = []
     for info, stats in zip(infos, (each["stats"] for each in result["benchmarks"]), strict=True):
         name = OURS if info["implementation"] in renamed else info["implementation"]
-        times = (stats[key] for key in ("rounds", "min", "q1", "median", "q3", "max"))
-        measured = (info.get(key) for key in ("peak_mb", "tokens_per_s", "gb_per_s", "tflop_per_s", "of_roof"))
+        spread = {"rounds": 1, **dict.fromkeys(("min", "q1", "q3", "max"), stats["median"]), **stats}
+        times = (spread[key] for key in ("rounds", "min", "q1", "median", "q3", "max"))
+        measured = (info.get(key) for key in ("peak_mb", "gb_per_s", "tflop_per_s", "of_roof"))
         found.append(Row(case_of(info), name, *times, *measured))
     return found
 
@@ -83,14 +93,15 @@ def case_of(info: Mapping[str, Any]) -> Case:
         shape,
         info.get("pass", ""),
         info.get("dtype", "").removeprefix("torch."),
-        "" if valid is None else f"{valid:.0%} valid",
+        "" if valid is None else f"{valid} valid",
     )
 
 
 def chosen(found: Sequence[Row], what: str) -> list[Row]:
     """The rows that have all words of one of the groups in `what`, group by group: "layer_loss mse; both, float32".
 
-    A word is an operation, an option, a pass, a precision or an implementation. All rows where `what` is empty.
+    A word is of an operation, an option, a size, a pass, a precision or an implementation; rows that have it are left
+    out where a minus is before it, as in "forward_kl -ce". All rows where `what` is empty.
 
     Raises:
         ValueError: of a group that no row has.
@@ -100,7 +111,9 @@ def chosen(found: Sequence[Row], what: str) -> list[Row]:
     picked: dict[int, Row] = {}
     for group in what.split(";"):
         words = set(re.split(r"[,\s]+", group.strip()))
-        having = {number: row for number, row in enumerate(found) if words <= row.words}
+        not_in = {word.removeprefix("-") for word in words if word.startswith("-")}
+        wanted = {word for word in words if not word.startswith("-")}
+        having = {number: row for number, row in enumerate(found) if wanted <= row.words and not not_in & row.words}
         if not having:
             raise ValueError(f"no result has {group.strip()!r}")
         picked |= having

@@ -9,23 +9,24 @@ from typing import Any
 from bench.rows import BASELINE, Row, chosen, machine_line, read, rows
 
 TEXTS: dict[str, Callable[[Row], str]] = {
-    "operation": lambda row: f"{row.case.operation} {row.case.options}".rstrip(),
+    "operation": lambda row: row.case.name,
     "shape": lambda row: row.case.shape,
-    "pass": lambda row: row.case.pass_,
-    "precision": lambda row: row.case.dtype,
+    "dtype": lambda row: row.case.dtype,
     "valid": lambda row: row.case.valid.removesuffix(" valid"),
+    "pass": lambda row: row.case.pass_,
     "implementation": lambda row: row.implementation,
-}
-RATES: dict[str, Callable[[Row], str]] = {
-    "tokens/s": lambda row: number(row.tokens_per_s, ",.0f"),
-    "GB/s": lambda row: number(row.gb_per_s, ".1f"),
-    "TFLOP/s": lambda row: number(row.tflop_per_s, ".3f"),
-    "of the roof": lambda row: number(row.of_roof, ".0%"),
 }
 
 
 def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def rate(row: Row) -> str:
+    """Of reading and writing, or of arithmetic."""
+    if row.gb_per_s is not None:
+        return f"{row.gb_per_s:.3g} GB/s"
+    return "" if row.tflop_per_s is None else f"{row.tflop_per_s:.3g} TFLOP/s"
 
 
 def table(result: Mapping[str, Any], what: str = "") -> str:
@@ -39,8 +40,10 @@ def table(result: Mapping[str, Any], what: str = "") -> str:
     numbers = {
         "ms, median": lambda row: f"{row.median * 1e3:.1f}",
         f"of {BASELINE}": ratio,
+        "rate": rate,
+        "of roof": lambda row: number(row.of_roof, ".2f"),
         "peak MB above inputs": lambda row: number(row.peak_mb, ".0f"),
-    } | RATES
+    }
     picked = chosen(found, what)
     columns = {name: [cell(row) for row in picked] for name, cell in (TEXTS | numbers).items()}
     kept = {name: cells for name, cells in columns.items() if any(cells)}

@@ -105,7 +105,7 @@ def test_without_eager_the_times_decide():
     assert len(compare.compare(old, new)[1]) == 1
 
 
-@pytest.mark.parametrize("name", ["eager", "Liger-Kernel"])
+@pytest.mark.parametrize("name", ["eager", "Liger-Kernel", "torchtune, chunked"])
 def test_what_is_not_ours_fails_nothing(name):
     old, new = slowed(1), slowed(1.5, MANY)
     for result in (old, new):

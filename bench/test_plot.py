@@ -63,6 +63,7 @@ def test_rows_are_chosen_by_words_group_by_group(rich):
     ]
     assert len(rows.chosen(rows.rows(KEPT), "")) == len(KEPT["benchmarks"])
     assert [row.median for row in rows.chosen(rows.rows(rich), "both, bfloat16; eager")] == [3, 2, 4, 3]
+    assert [row.median for row in rows.chosen(rows.rows(rich), "both -fastdistill")] == [3, 2]
     with pytest.raises(ValueError, match="no result has 'backward'"):
         rows.chosen(rows.rows(rich), "both; backward")
 
@@ -74,12 +75,10 @@ def test_a_table_has_the_columns_that_the_file_has(rich):
         "| layer_loss mse none | 12 x 8 x 512 x 768 | eager | 56.9 | 1.00 | 164 |",
     ]
     head, rule, *_, last = table(rich, "both").splitlines()[2:]
-    assert head == (
-        "| operation | shape | pass | precision | valid | implementation | ms, median | of eager "
-        "| peak MB above inputs | tokens/s | GB/s | of the roof |"
-    )
-    assert rule.count("---:") == 6
-    cells = "softmax_kl jsd, 1024 x 50257, both, bfloat16, 90%, fastdistill, 4000.0, 1.33, 400, 256, 2.5, 12%"
+    heads = "operation; shape; dtype; valid; pass; implementation; ms, median; of eager; rate; of roof"
+    assert head == f"| {heads.replace('; ', ' | ')} | peak MB above inputs |"
+    assert rule.count("---:") == 5
+    cells = "softmax_kl jsd, 1024 x 50257, bfloat16, 0.9, both, fastdistill, 4000.0, 1.33, 2.5 GB/s, 0.12, 400"
     assert last == f"| {cells.replace(', ', ' | ')} |"
 
 
@@ -108,7 +107,7 @@ def test_points_quartiles_and_losses_are_in_the_figure(tmp_path, rich, drawn):
     assert b"of rich" in path.read_bytes()
     time, memory, roof = drawn[0].axes
     assert [label.get_text() for label in time.get_yticklabels()] == ["forward", "both"]
-    assert time.get_title("left") == "softmax_kl, jsd, 1024 x 50257, bfloat16, 90% valid"
+    assert time.get_title("left") == "softmax_kl, jsd, 1024 x 50257, bfloat16, 0.9 valid"
     points = [line for line in time.lines if line.get_marker() != "None"]
     blue = [line.get_xdata()[0] for line in points if line.get_color() == "tab:blue"]
     assert blue == [1000, 4000]
@@ -121,6 +120,16 @@ def test_points_quartiles_and_losses_are_in_the_figure(tmp_path, rich, drawn):
     assert roof.get_xlabel() == "% of the roof"
     assert max(line.get_xdata()[0] for line in roof.lines) == 50
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["fastdistill", "eager", "Liger-Kernel"]
+
+
+def test_another_form_of_ours_is_hollow_and_not_a_rival(tmp_path, rich, drawn):
+    rich["benchmarks"][1]["extra_info"]["implementation"] = "fastdistill, PyTorch path"
+    plot.draw(rows.rows(rich)[:3], "title", tmp_path / "forms.svg", "")
+    time, *_ = drawn[0].axes
+    assert [each.get_text() for each in time.texts] == ["0.33"]
+    points = [line for line in time.lines if line.get_marker() != "None"]
+    faces = {(line.get_xdata()[0], line.get_color(), line.get_markerfacecolor()) for line in points}
+    assert {(1000, "tab:blue", "tab:blue"), (2000, "tab:blue", "white")} < faces
 
 
 def test_scales_are_logarithmic_where_values_lie_far_apart(tmp_path, drawn):
