@@ -16,7 +16,7 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -36,7 +36,7 @@ from transformers import (
 
 from bench import kept
 from bench.attention import MB, quartiles
-from bench.gpu_largest_batch import GIGABYTES, TEMPERATURE, eager_loss, make_batch
+from bench.gpu_largest_batch import GIGABYTES, TEMPERATURE, eager_loss, largest, make_batch
 from bench.machine import machine
 from bench.presets import Case, markdown
 from fastdistill.testing import DEVICE
@@ -44,6 +44,7 @@ from fastdistill.training import engine
 from fastdistill.training.blocks import Batch
 from fastdistill.training.clock import Clock
 from fastdistill.training.config import Config
+from fastdistill.training.estimate import CPU, estimate
 from fastdistill.training.hf_trainer import DistillationTrainer
 from fastdistill.training.layer_map import LayerMap
 from fastdistill.training.memory import most_allocated
@@ -67,9 +68,9 @@ SMALL = partial(Case, "gpt2", 128, 2, 1024, seq_len=128)
 
 TIMED = [LARGE(batch_size=4), LARGE(batch_size=8), SMALL(batch_size=8)]
 
-LAWS = [[LARGE(batch_size=rows) for rows in (4, 8, 16)], [SMALL(batch_size=rows) for rows in (96, 128, 160)]]
+LAWS = [[LARGE(batch_size=rows) for rows in (4, 8, 16)], [SMALL(batch_size=rows) for rows in (192, 256, 320)]]
 """Cases of which the first and second give bytes by rows, and the third is to confirm them. With the small vocabulary
-those whose tokens fill more than one chunk of `linear_softmax_kl`: before that, a row takes more."""
+those whose tokens fill two chunks of `linear_softmax_kl`: before that, a row takes more."""
 
 PHASES = ("teacher", "student", "loss", "backward", "optimizer")
 
@@ -224,6 +225,16 @@ def peak(name: str, case: Case) -> int:
     return weights + most_allocated(lambda: LOOPS[name](*models, batch, STEPS), torch.device(DEVICE))
 
 
+def estimated_rows(case: Case) -> int:
+    """The largest batch of fastdistill's step, of models as in `case`, by the estimate of a CPU's memory."""
+
+    def fits(rows: int) -> bool:
+        of = case._replace(batch_size=rows)
+        return estimate(of.config, of.model(of.depth), of.model(2 * of.depth), CPU).peak <= GIGABYTES * 1e9
+
+    return largest(fits)
+
+
 def measure() -> dict[str, Any]:
     timed, peaks = [], []
     for case in dict.fromkeys(chain(TIMED, *LAWS)):
@@ -234,7 +245,8 @@ def measure() -> dict[str, Any]:
         for name, ms in times(case, ROUNDS).items():
             timed.append({"implementation": name, **case._asdict(), "ms": ms})
             print(case, name, f"{median(totals(ms)):,.0f} ms", flush=True)
-    return {"machine": machine(), "times": timed, "peaks": peaks}
+    estimated = [estimated_rows(cases[0]) for cases in LAWS] if DEVICE == "cpu" else []
+    return {"machine": machine(), "times": timed, "peaks": peaks, "estimated_rows": estimated}
 
 
 def by_case(rows: list[dict[str, Any]], field: str) -> dict[Case, dict[str, Any]]:
@@ -264,7 +276,7 @@ def table(results: dict[str, Any]) -> str:
             time_table(ms),
             phase_table(ms),
             memory_table({case: peaks[case] for case in TIMED}),
-            law_table(peaks),
+            law_table(peaks, results["estimated_rows"]),
             losses(ms, peaks),
         )
     )
@@ -340,15 +352,18 @@ def laws(peaks: dict[Case, dict[str, Any]]) -> list[tuple[list[Case], dict[str, 
     ]
 
 
-def law_table(peaks: dict[Case, dict[str, Any]]) -> str:
+def law_table(peaks: dict[Case, dict[str, Any]], estimated: Sequence[int]) -> str:
+    """Beside the laws what is estimated of fastdistill's steps; the lesser number of rows is compared."""
     heads = ["", SIZES[0], "rows measured", "MB and", "MB a row", "off at the third", f"rows in {GIGABYTES} GB"]
-    lines = [[*heads, "of the eager loop's"]]
-    for cases, found in laws(peaks):
+    lines = [[*heads, "rows, estimated", "of the eager loop's"]]
+    for (cases, found), fewer in zip_longest(laws(peaks), estimated):
         for name, law in found.items():
             rows = ", ".join(str(case.batch_size) for case in cases)
+            bounds = [law.largest] + [fewer] * (name in (OURS, OUR_TRAINER) and fewer is not None)
             numbers = [f"{law.fixed / MB:,.0f}", f"{law.a_row / MB:,.1f}", f"{law.error:+.2%}", f"{law.largest:,}"]
-            times_eager = f"{law.largest / found[EAGER].largest:.2f}"
-            lines.append([name, f"{cases[0].vocab_size:,}", rows, *numbers, times_eager])
+            numbers.append(f"{fewer:,}" if len(bounds) > 1 else "")
+            of_eager = f"{min(bounds) / found[EAGER].largest:.2f}"
+            lines.append([name, f"{cases[0].vocab_size:,}", rows, *numbers, of_eager])
     return markdown(lines, texts=1)
 
 
@@ -380,10 +395,10 @@ def draw(results: dict[str, Any], path: Path) -> None:
     left.set_xlabel("ms a step; vocabulary and rows at the left")
     left.legend(fontsize=7)
     cases, found = laws(peaks)[0]
-    for (name, law), colour in zip(found.items(), ("tab:red", "tab:orange", "tab:blue", "tab:cyan"), strict=True):
-        right.plot([case.batch_size for case in cases], [peaks[case][name] / MB for case in cases], "o", color=colour)
-        ends = [0, 1.2 * cases[-1].batch_size]
-        right.plot(ends, [(law.fixed + law.a_row * rows) / MB for rows in ends], color=colour, label=name)
+    for (name, law), style in zip(found.items(), ("-r", "-k", "-b", ":c"), strict=True):
+        right.plot([case.batch_size for case in cases], [peaks[case][name] / MB for case in cases], f"o{style[1]}")
+        ends = [cases[0].batch_size, 1.2 * cases[-1].batch_size]
+        right.plot(ends, [(law.fixed + law.a_row * rows) / MB for rows in ends], style, label=name)
     right.set_xlabel(f"rows of {cases[0].seq_len} tokens, vocabulary {cases[0].vocab_size:,}")
     right.set_ylabel("peak, MB")
     right.set_ylim(bottom=0)
