@@ -31,8 +31,16 @@ SIZES: dict[str, dict[str, Any]] = {"teacher": {"n_layer": 12}, "student": {"n_l
 TEMPERATURE = 2.0
 
 
+def eager_loss(student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
+    """Half T^2 KL, half cross-entropy, as they are usually written: on the logits `[B, S, V]` of both models."""
+    student, teacher = (logits[:, :-1].flatten(0, 1) for logits in (student, teacher))
+    log_s, log_t = (F.log_softmax(logits / TEMPERATURE, -1) for logits in (student, teacher))
+    kl = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+    return 0.5 * TEMPERATURE**2 * kl + 0.5 * F.cross_entropy(student, ids[:, 1:].flatten())
+
+
 class EagerModule(nn.Module):
-    """The loss of `DistillationModule` as it is usually written: on the logits of both models."""
+    """The loss of `DistillationModule` by `eager_loss`."""
 
     def __init__(self, student: GPT2LMHeadModel, teacher: GPT2LMHeadModel):
         super().__init__()
@@ -40,12 +48,10 @@ class EagerModule(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         ids = batch.student.input_ids
-        student = self.student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        student = self.student(input_ids=ids, use_cache=False).logits
         with torch.no_grad():
-            teacher = self.teacher[0](input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-        log_s, log_t = (F.log_softmax(logits / TEMPERATURE, -1) for logits in (student, teacher))
-        kl = F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
-        return 0.5 * TEMPERATURE**2 * kl + 0.5 * F.cross_entropy(student, ids[:, 1:].flatten())
+            teacher = self.teacher[0](input_ids=ids, use_cache=False).logits
+        return eager_loss(student, teacher, ids)
 
 
 class FusedModule(nn.Module):
