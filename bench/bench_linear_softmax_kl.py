@@ -195,9 +195,9 @@ OPERATION = Operation(
     cases={
         "tiny": [Case((10, 101, 8, 12), form, 0.5) for form in ("forward_kl + ce at T = 2", "forward_kl")],
         "cpu": [
-            Case((1024, 50257, 768, 768), "forward_kl + ce at T = 2"),
-            Case((512, 50257, 768, 768), "forward_kl"),
-            Case((1024, 50257, 768, 768), "forward_kl", 0.1),
+            Case((512, 50257, 768, 768), "forward_kl + ce at T = 2"),
+            Case((256, 50257, 768, 768), "forward_kl"),
+            Case((512, 50257, 768, 768), "forward_kl", 0.1),
         ],
         "cuda": gpu_cases(),
     },

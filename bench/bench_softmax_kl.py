@@ -244,8 +244,7 @@ OPERATION = Operation(
         "tiny": [Case((10, 101), form, 1.0 if form == "reverse_kl" else 0.5) for form in FORMS],
         "cpu": [
             Case((1024, 50257), "forward_kl + ce at T = 2"),
-            Case((64, 151936), "forward_kl + ce at T = 2"),
-            *(Case((256, 50257), form) for form in ("forward_kl", "reverse_kl", "jsd")),
+            *(Case((256, 50257), form) for form in ("forward_kl", "jsd")),
             Case((1024, 50257), "forward_kl", 0.1),
         ],
         "cuda": gpu_cases(),

@@ -69,14 +69,14 @@ def measure(benchmark) -> Callable[[Operation, Case, str, str], None]:
     return run
 
 
-def _rounds(step: Step, seconds: float = 1.0) -> int:
-    """As many as take about a second, 3 at least; after a run that may load or compile something."""
+def _rounds(step: Step, seconds: float = 0.5) -> int:
+    """As many as take about half a second with what prepares them, 3 at least; after one that may load or compile."""
     _seconds(step)
     return max(3, min(30, int(seconds / _seconds(step))))
 
 
 def _seconds(step: Step) -> float:
-    step.prepare()
     start = perf_counter()
+    step.prepare()
     step.run()
     return perf_counter() - start

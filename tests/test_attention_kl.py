@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -166,8 +167,8 @@ def test_student_and_teacher_may_differ_in_dtype(teacher_dtype, impl):
 @pytest.mark.parametrize("weight", [1e-6, 1e6])
 def test_weights_and_scores_of_any_size_match_the_definition(weight, scale, impl):
     """Weights that float16 does not hold, and scores at which one number for maximum and log-sum is too few."""
-    if impl == "triton" and scale > 1:
-        pytest.skip("the kernel of the keys' gradient adds up a score in its own order: one of 1e5 is off by 8e-3")
+    if impl == "triton" and scale > 1 and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("NumPy adds up a product and its transpose in other orders, compiled code in one: 1e5 is 8e-3 off")
     arguments = random_attention(1, 2, 33, 16, dtype=torch.float16 if scale == 1 else torch.float32)
     assert_matches_definition(arguments | {"mask": torch.full((1, 33), weight, device=DEVICE), "scale": scale}, impl)
 
