@@ -63,7 +63,7 @@ def test_the_quick_start_shows_what_doctor_printed():
             f"docs/{name}"
             for name in (
                 *("attention.md", "evaluation.md", "how-it-works.md", "kaggle.ipynb", "layerwise.md", "memory.md"),
-                *("objectives.md", "postmortem.md", "presets.md", "quickstart.md"),
+                *("objectives.md", "performance.md", "postmortem.md", "presets.md", "quickstart.md", "train-step.md"),
             )
         ),
     ],

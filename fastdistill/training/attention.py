@@ -73,12 +73,14 @@ class AttentionLoss(Component):
             if self.heads is not None:
                 ours = _of_heads(ours, [student_head for student_head, _ in self.heads])
                 theirs = _of_heads(theirs, [teacher_head for _, teacher_head in self.heads])
-            by_maps = self.form != "kl" or ours.query.shape[1] != theirs.query.shape[1]
-            each.append((_loss_of_maps if by_maps else _loss)(self.form, ours, theirs, common, counts[self.name]))
+            if self.form == "kl" and ours.query.shape[1] == theirs.query.shape[1]:
+                each.append(_loss(ours, theirs, common, counts[self.name]))
+            else:
+                each.append(_loss_of_maps(self.form, ours, theirs, common, counts[self.name]))
         return Terms({self.name: torch.stack(each).mean()}, {})
 
 
-def _loss(form: str, student: QueriesKeys, teacher: QueriesKeys, common: Counterparts, count: Tensor) -> Tensor:
+def _loss(student: QueriesKeys, teacher: QueriesKeys, common: Counterparts, count: Tensor) -> Tensor:
     return attention_kl(
         *student[:2],
         *teacher[:2],
