@@ -79,8 +79,8 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
     for note in chain.from_iterable(source.notes for source in sources):
         say(note)
     teacher_model, teacher_tokenizer = obtain_teacher(config, sources, output, accelerator, precision)
-    student_tokenizer = load(config.student)[1] if config.student else teacher_tokenizer
-    pairing = pair(student_tokenizer, teacher_tokenizer, config, accelerator.device)
+    tokenizer = load(config.student)[1] if config.student else teacher_tokenizer
+    pairing = pair(tokenizer, teacher_tokenizer, config, accelerator.device)
     with accelerator.main_process_first():
         all_text, held_out = prepare(sources, Cutter(pairing.tokenizers, config.seq_len, config.packing))
     say(describe(pairing, held_out))
@@ -104,7 +104,7 @@ def run(config: Config, output: Path, accelerator: Accelerator) -> None:
         baseline = {"ce-only": config.without_teacher()} if config.baseline else {}
         for name, recipe in {**baseline, "distilled": config}.items():
             folder = output / f"seed-{seed}" / name
-            stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, student_tokenizer, deadline)
+            stage = Stage(f"{name} {seed}", folder, recipe, seed, text, held_out, tokenizer, deadline, teacher_alone)
             module = DistillationModule.of(recipe, copy.deepcopy(untrained), teacher_model, layer_map, pairing)
             steps = stage.total_steps(accelerator.num_processes)
             say(f"\n{name}, seed {seed}: {steps} steps on {text.describe()}{module.announced(steps)}")
@@ -173,7 +173,7 @@ def train(
     patience = Patience(recipe.patience, recipe.min_delta, recipe.patience_from, **state.get("patience", {}))
     monitor = Monitor(
         folder, stage.name, module.weights.active(), steps, now.step, state.get("monitor"),
-        tensorboard=recipe.tensorboard,
+        teacher=stage.teacher, tensorboard=recipe.tensorboard,
     )  # fmt: skip
     movement, module.clock, first, before = MovementGuard(), clock, now.step + 1, (now.samples, None)
     pending, stopping = None, False

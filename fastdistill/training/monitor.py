@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from fastdistill.training.evaluate import Evaluation, perplexity
 from fastdistill.training.guard import Patience
 from fastdistill.training.memory import peak_memory
+from fastdistill.training.trajectory import Trajectory, held_out
 from fastdistill.training.window import Losses
 
 LOG = "log.jsonl"
@@ -57,10 +59,11 @@ class Monitor:
         step: int = 0,
         state: dict[str, Any] | None = None,
         *,
+        teacher: Evaluation | None = None,
         tensorboard: bool = False,
     ):
-        """`weights` are the components'; a resumed stage gives its step and `state()`. Only the first process
-        writes or says anything.
+        """`weights` are the components'; a resumed stage gives its step and `state()`; `teacher` is what a student is
+        expected to come near to. Only the first process writes or says anything.
         """
         self.path, self.weights, self.total_steps = folder / LOG, weights, total_steps
         process: Any = PartialState()
@@ -72,7 +75,8 @@ class Monitor:
         self.total: float = state.get("total", 0.0)
         self.seconds: dict[str, float] = state.get("seconds", {})
         self.steps, self.tokens = state.get("steps", 0), state.get("tokens", 0)
-        self.untrained_loss: float | None = state.get("untrained_loss")
+        self.teacher = teacher
+        self.untrained = Evaluation(**state["untrained"]) if state.get("untrained") else None
         self.plateau = Patience(PLATEAU, **state.get("plateau", {}))
         self.warned = set(state.get("warned", []))
         self.elapsed_before, self.began = state.get("elapsed", 0.0), time.monotonic()
@@ -189,9 +193,8 @@ class Monitor:
         scalars |= {f"loss/{name}": value for name, value in weighted.items()}
         self.draw(step, scalars | {f"share/{name}": value for name, value in shares.items()})
         for name, share in shares.items():
-            if len(shares) > 1 and share > DOMINANT_SHARE and name not in self.warned:
-                self.warned.add(name)
-                self.warn(step, f"{name}_loss is {share:.0%} of the total, above {DOMINANT_SHARE:.0%}")
+            if len(shares) > 1 and share > DOMINANT_SHARE:
+                self.warn_once(name, step, f"{name}_loss is {share:.0%} of the total, above {DOMINANT_SHARE:.0%}")
         self.raw, self.weighted, self.diagnostics, self.seconds = {}, {}, {}, {}
         self.steps, self.tokens, self.total = 0, 0, 0.0
 
@@ -215,13 +218,27 @@ class Monitor:
         if self.plateau.exhausted and waited < PLATEAU:
             self.warn(step, f"a plateau: {PLATEAU} evaluations without a held-out loss below {self.plateau.best:.3f}")
         if step == 0:
-            self.untrained_loss = result.loss
-        elif self.untrained_loss is not None and not result.loss <= self.untrained_loss:
-            self.warn(step, f"held-out loss {loss} is above the untrained student's {self.untrained_loss:.3f}")
+            self.untrained = result
+        expected = Trajectory.of(self.untrained, self.teacher) if self.untrained and self.teacher else None
+        if step == 0 and expected:
+            self.say(f"[Expected] {expected.describe()}")
+        elif expected and not held_out(result) <= (edge := expected.upper(step / self.total_steps)):
+            self.warn_once(
+                "trajectory",
+                step,
+                f"held-out {held_out(result):.3f} {expected.unit} is above {edge:.3f}, the most expected here",
+            )
+        if step > 0 and self.untrained and not result.loss <= self.untrained.loss:
+            self.warn(step, f"held-out loss {loss} is above the untrained student's {self.untrained.loss:.3f}")
 
     def warn(self, step: int, message: str) -> None:
         self.write("warning", step, message=message)
         self.say(f"[Warning] step {step}: {message}")
+
+    def warn_once(self, about: str, step: int, message: str) -> None:
+        if about not in self.warned:
+            self.warned.add(about)
+            self.warn(step, message)
 
     def say(self, text: str) -> None:
         if self.writes:
@@ -253,7 +270,7 @@ class Monitor:
             "steps": self.steps,
             "tokens": self.tokens,
             "seconds": self.seconds,
-            "untrained_loss": self.untrained_loss,
+            "untrained": self.untrained and dataclasses.asdict(self.untrained),
             "plateau": self.plateau.state(),
             "warned": sorted(self.warned),
             "elapsed": self.elapsed,

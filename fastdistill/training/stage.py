@@ -32,6 +32,8 @@ class Stage:
     tokenizer: PreTrainedTokenizerBase
     deadline: float | None = None
     """On the clock of `time.monotonic`: when the run is to end."""
+    teacher: Evaluation | None = None
+    """On the held-out text, of a student's teacher."""
 
     def window(self, processes: int) -> int:
         """Sequences in an optimizer step."""
