@@ -14,8 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from fastdistill.training.results import phases_of, step_times
+from fastdistill.training.results import expectation, phases_of, step_times
 from fastdistill.training.run_files import BASELINE, DISTILLED, Run, Stage
+from fastdistill.training.trajectory import AT_MOST_LEFT
 
 _RECIPES = {BASELINE: ("cross-entropy only", "tab:orange"), DISTILLED: ("distilled", "tab:blue")}
 _PARTS = ("tab:purple", "tab:green", "tab:gray", "tab:olive", "tab:cyan", "tab:pink", "tab:brown", "tab:red")
@@ -130,6 +131,11 @@ def _held_out_loss(axes: Axes, run: Run) -> None:
     teacher = run.teacher.evaluation.loss
     if run.has_one_tokenizer:
         axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher:.3f}")
+        expected, steps = expectation(run), run.evaluated[0].total_steps
+        if expected and steps:
+            edges = [expected.upper(share) for share in AT_MOST_LEFT]
+            shares = [share * steps for share in AT_MOST_LEFT]
+            axes.fill_between(shares, expected.goal, edges, color="black", alpha=0.06, linewidth=0, label="expected")
     axes.set_ylabel("nats a token")
 
 

@@ -68,7 +68,7 @@ def refresh(output: Path) -> None:
 
 def _results(run: Run) -> dict[str, Any]:
     """Every number of the report, for programs."""
-    models = results.rows(run)
+    models, expected = results.rows(run), results.expectation(run)
     speeds = results.speeds(run)
     elapsed = [speed.elapsed for speed in speeds if speed.elapsed is not None]
     return {
@@ -81,6 +81,11 @@ def _results(run: Run) -> dict[str, Any]:
             dataclasses.asdict(row) | {"perplexity": perplexity(row.evaluation.loss), "gap_closed": closed}
             for row, closed in zip(models, results.gaps_closed(models), strict=True)
         ],
+        "expected": expected
+        and {
+            **dataclasses.asdict(expected),
+            "waypoints": [dataclasses.asdict(waypoint) for waypoint in results.waypoints(run)],
+        },
         "differences": [dataclasses.asdict(difference) for difference in results.differences(run)],
         "students": [
             {

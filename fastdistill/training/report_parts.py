@@ -10,7 +10,16 @@ from datetime import timedelta
 from fastdistill.training.config import COMPONENTS, Config
 from fastdistill.training.evaluate import perplexity
 from fastdistill.training.plots import Plot
-from fastdistill.training.results import Difference, Row, differences, gaps_closed, rows, speeds
+from fastdistill.training.results import (
+    Difference,
+    Row,
+    differences,
+    expectation,
+    gaps_closed,
+    rows,
+    speeds,
+    waypoints,
+)
 from fastdistill.training.run_files import Run
 
 TITLE = "Teacher, untrained student and students side by side"
@@ -45,6 +54,7 @@ def sections(run: Run, plots: Sequence[Plot]) -> list[Section]:
     speed_plots = [plot for plot in plots if plot.name == "speed"]
     found = [
         Section(TITLE, [*_state(run), retention(rows(run)), *_comparison(differences(run)), _protocol(run)]),
+        Section("Expected and found", _trajectory(run)),
         Section("Curves", [plot for plot in plots if plot not in speed_plots]),
         Section("Warnings", _warnings(run)),
         Section("Speed", [*_speed(run), *speed_plots]),
@@ -132,6 +142,24 @@ def _protocol(run: Run) -> str:
         f"compared between them, bits per byte can. KL and agreement are over {student.compared or 0:,} positions, and "
         "over the strings that both tokenizers have, the others taken together."
     )
+
+
+def _trajectory(run: Run) -> list[str | Table]:
+    """Held-out losses beside the band that was announced when the run began."""
+    expected, found = expectation(run), waypoints(run)
+    if expected is None or not found:
+        return []
+    names = list(dict.fromkeys(name for waypoint in found for name in waypoint.found))
+    lines = [
+        [str(point.step), f"{point.at_most:.3f}", *(_beside(point.found.get(name), point.at_most) for name in names)]
+        for point in found
+    ]
+    note = f"What is above the band is marked. Expected before the first step: {expected.describe()}."
+    return [Table(["step", "expected at most", *names], lines), note]
+
+
+def _beside(loss: float | None, at_most: float) -> str:
+    return "" if loss is None else f"{loss:.3f}" + " above" * (not loss <= at_most)
 
 
 def _warnings(run: Run) -> list[str | Items]:

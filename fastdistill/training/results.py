@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fastdistill.training.evaluate import Evaluation, perplexity
 from fastdistill.training.run_files import BASELINE, DISTILLED, Run, Stage
+from fastdistill.training.trajectory import AT_MOST_LEFT, Trajectory, held_out
 
 BEST, LAST = "best checkpoint", "last"
 
@@ -84,6 +85,36 @@ def differences(run: Run) -> list[Difference]:
             final = distilled.finished and baseline.finished
             equal_steps = final and distilled.last_step == baseline.last_step
             found.append(Difference(seed, step, at_step, at_best, equal_steps, final))
+    return found
+
+
+@dataclass(frozen=True)
+class Waypoint:
+    """An evaluation beside what was expected of it when the run began."""
+
+    step: int
+    at_most: float
+    found: dict[str, float]
+    """By student, as far as they have come."""
+
+
+def expectation(run: Run) -> Trajectory | None:
+    return Trajectory.of(run.evaluated[0].evaluations[0], run.teacher.evaluation)
+
+
+def waypoints(run: Run) -> list[Waypoint]:
+    """The first evaluation at or after each of the shares of the steps that `AT_MOST_LEFT` names."""
+    expected = expectation(run)
+    furthest = max(run.evaluated, key=lambda stage: len(stage.evaluations))
+    steps = furthest.total_steps
+    if expected is None or not steps:
+        return []
+    found = []
+    for share in sorted(AT_MOST_LEFT)[1:]:
+        step = next((step for step in furthest.evaluations if step >= share * steps), None)
+        if step is not None and step not in [waypoint.step for waypoint in found]:
+            losses = {s.name: held_out(s.evaluations[step]) for s in run.evaluated if step in s.evaluations}
+            found.append(Waypoint(step, expected.upper(step / steps), losses))
     return found
 
 

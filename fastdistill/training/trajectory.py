@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -26,19 +27,21 @@ class Trajectory:
 
     @classmethod
     def of(cls, untrained: Evaluation, teacher: Evaluation) -> Trajectory | None:
-        """In nats a token, or with two tokenizers in bits per byte; None if the student is no worse to begin with."""
+        """In nats a token, or with two tokenizers in bits per byte; None where there is no way to go: the student is no
+        worse to begin with, or a loss is not finite.
+        """
         start, goal = held_out(untrained), held_out(teacher)
         unit = "nats a token" if teacher.bits_per_byte is None else "bits per byte"
-        return cls(start, goal, unit) if start > goal else None
+        return cls(start, goal, unit) if 0 < start - goal < math.inf else None
 
     def upper(self, progress: float) -> float:
         """The upper edge of the band after that share of the steps, straight between those of `AT_MOST_LEFT`; the
         lower is `goal`.
         """
         known = sorted(AT_MOST_LEFT)
-        after = bisect_left(known, min(progress, 1.0)) or 1
+        after = bisect_left(known, progress) or 1
         low, high = known[after - 1 : after + 1]
-        part = (min(progress, 1.0) - low) / (high - low)
+        part = (progress - low) / (high - low)
         left = AT_MOST_LEFT[low] + part * (AT_MOST_LEFT[high] - AT_MOST_LEFT[low])
         return self.goal + left * (self.start - self.goal)
 

@@ -184,6 +184,33 @@ def test_two_tokenizers_are_compared_in_bits_per_byte(drawn, tmp_path):
     assert b"teacher" not in plots.svg(held_out)
 
 
+def test_what_was_expected_stands_beside_what_was_found(reported):
+    stages = {"seed-0/ce-only": BASELINE, "seed-0/distilled": DISTILLED}
+    markdown, html, results = reported(stages)
+    start, goal = math.log(60), math.log(20)
+    half, end = (goal + left * (start - goal) for left in (0.6, 0.5))
+    (waypoints,) = [results["expected"]["waypoints"]]
+    assert [(point["step"], point["at_most"]) for point in waypoints] == [
+        (10, pytest.approx(half)),  # the first evaluation after 10 and 25 % too
+        (20, pytest.approx(end)),
+    ]
+    assert f"| 20 | {end:.3f} | {math.log(50):.3f} above | {math.log(30):.3f} |" in markdown
+    assert f"from {start:.3f}, the untrained student's, towards {goal:.3f}, the teacher's" in markdown
+    assert ["step", "expected at most", "ce-only, seed 0", "distilled, seed 0"] in cells(html)
+
+
+def test_a_student_that_has_not_come_so_far_leaves_its_cell_empty(reported):
+    markdown, _, _ = reported({"seed-0/ce-only": BASELINE, "seed-0/distilled": DISTILLED[:1]})
+    assert len(lines_of(markdown, "| 20 |")) == 1
+    assert "| 20 | 3.545 | 3.912 above |" in markdown
+
+
+def test_nothing_is_expected_where_the_teacher_is_no_better(reported):
+    markdown, _, results = reported(teacher=Evaluation(loss=math.log(60), tokens=1000))
+    assert results["expected"] is None
+    assert "Expected and found" not in markdown
+
+
 def test_the_teacher_is_a_line_among_the_curves(a_run):
     held_out = plots.plots(run_files.read(a_run()))[0].panels[0]
     assert f"teacher {TEACHER.loss:.3f}".encode() in plots.svg(held_out)
