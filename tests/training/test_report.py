@@ -199,6 +199,18 @@ def test_what_was_expected_stands_beside_what_was_found(reported):
     assert ["step", "expected at most", "ce-only, seed 0", "distilled, seed 0"] in cells(html)
 
 
+def test_what_is_expected_at_a_step_is_compared_at_that_step(reported):
+    steps = [evaluation(step, 60 - step) for step in (0, 2, 5, 7, 10, 20)]
+    _, _, results = reported({"seed-0/distilled": steps}, baseline=False)
+    assert [point["step"] for point in results["expected"]["waypoints"]] == [2, 5, 10, 20]
+
+
+def test_before_a_second_evaluation_nothing_is_compared(reported):
+    markdown, _, results = reported({"seed-0/distilled": DISTILLED[:1]}, baseline=False)
+    assert results["expected"]["waypoints"] == []
+    assert "Expected and found" not in markdown
+
+
 def test_a_student_that_has_not_come_so_far_leaves_its_cell_empty(reported):
     markdown, _, _ = reported({"seed-0/ce-only": BASELINE, "seed-0/distilled": DISTILLED[:1]})
     assert len(lines_of(markdown, "| 20 |")) == 1
