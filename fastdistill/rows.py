@@ -54,10 +54,12 @@ class TokenRows:
 
     def take(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of `tensor` `[B, S, X]` or `[N, X]` as a new `[n, X]`."""
-        flat = flattened(tensor)
-        if flat is not None:  # and index_select is faster
-            return flat.index_select(0, self.sequence * tensor.shape[-2] + self.position).to(dtype)
-        return tensor[self.sequence, self.position].to(dtype)
+        flat, positions = flattened(tensor), tensor.shape[-2]
+        if flat is None:
+            return tensor[self.sequence, self.position].to(dtype)
+        if (span := self.span(positions)) is not None:
+            return flat[span].to(dtype, copy=True)
+        return flat.index_select(0, self.sequence * positions + self.position).to(dtype)
 
     def span(self, positions: int) -> slice | None:
         """Where the rows are in `[B * positions, X]`, if they lie one after another; else, and on a GPU, None.
@@ -72,7 +74,11 @@ class TokenRows:
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Write `values` `[n, ...]` into the rows of `tensor` `[B, S, ...]` or `[N, ...]`."""
-        _as_sequences(tensor, values.ndim + 1)[self.sequence, self.position] = values.to(tensor.dtype)
+        grid, values = _as_sequences(tensor, values.ndim + 1), values.to(tensor.dtype)
+        if grid.is_contiguous() and (span := self.span(grid.shape[1])) is not None:
+            grid.flatten(0, 1)[span] = values
+        else:
+            grid[self.sequence, self.position] = values
 
     def spread(self, values: Tensor, leading: tuple[int, ...]) -> Tensor:
         """`values` `[n]` at their places in zeros of shape `leading`; differentiable."""

@@ -22,7 +22,7 @@ from fastdistill.differentiation import first_derivative_only, full_precision
 from fastdistill.reference import MAX_LOG_RATIO, compute_dtype
 from fastdistill.rows import TokenRows
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 """Bytes of one [tokens, V] buffer at the logits level, so that the few in use stay in a CPU's last-level cache."""
 
 GPU_CHUNK_BYTES = 128 << 20
@@ -88,19 +88,18 @@ def chunk_terms(
         teacher_entropy = torch.special.entr(teacher.softmax(-1)).sum(-1)
 
     if targets is not None:
-        log_p = student.log_softmax(-1)
+        p = student.softmax(-1)
         label = targets.clamp(0, student.shape[1] - 1)[:, None]
-        ce = -log_p.gather(1, label).squeeze(1)
+        ce = (student.amax(-1) - student.gather(1, label).squeeze(1)) - p.amax(-1).log()
         if is_on(options.ce_weight):
             loss += _weigh_(ce.clone(), options.ce_weight)
             if gradient:
-                grad = log_p.exp_()
-                grad.scatter_add_(1, label, torch.full_like(label, -1, dtype=grad.dtype))
+                grad = p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
                 _weigh_(grad, options.ce_weight)
-        del log_p
+        del p
 
     if teacher is not None:
-        z_s, z_t = student[:, shared].div_(options.temperature), teacher.div_(options.temperature)
+        z_s, z_t = _over_(student[:, shared], options.temperature), _over_(teacher, options.temperature)
         kl, kl_grad = _DIVERGENCES[options.divergence](z_s, z_t, options.jsd_beta)
         if is_on(options.kl_weight):
             square = options.temperature**2 if options.temperature_squared else 1.0
@@ -123,6 +122,10 @@ def is_on(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
+def _over_(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    return logits.div_(temperature) if isinstance(temperature, Tensor) or temperature != 1 else logits
+
+
 def _weigh_(term: Tensor, weight: float | Tensor) -> Tensor:
     """term * weight in place; a weight of 0 leaves the term out, even where it is infinite."""
     term.mul_(weight)
@@ -134,18 +137,16 @@ def _weigh_(term: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def _forward_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    p_t = z_t.softmax(-1)
-    log_s, log_t = _log_softmax_(z_s), _log_softmax_(z_t)
+    (p_s, log_s), (p_t, log_t) = _softmax_and_log(z_s), _softmax_and_log(z_t)
     needs_care = _may_hold_neg_inf(log_s, log_t)
     log_ratio = log_t.sub_(log_s)
     if needs_care:
         log_ratio.masked_fill_(p_t == 0, 0)
-    return torch.linalg.vecdot(p_t, log_ratio), log_s.exp_().sub_(p_t)
+    return log_ratio.mul_(p_t).sum(-1), p_s.sub_(p_t)
 
 
 def _reverse_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    p_s = z_s.softmax(-1)
-    log_s, log_t = _log_softmax_(z_s), _log_softmax_(z_t)
+    (p_s, log_s), log_t = _softmax_and_log(z_s), _softmax_and_log(z_t)[1]
     infinite = None
     if _may_hold_neg_inf(log_s, log_t):
         no_teacher = torch.isneginf(log_t)
@@ -159,8 +160,7 @@ def _reverse_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor,
 
 
 def _jsd(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    p_s, p_t = z_s.softmax(-1), z_t.softmax(-1)
-    log_s, log_t = _log_softmax_(z_s), _log_softmax_(z_t)
+    (p_s, log_s), (p_t, log_t) = _softmax_and_log(z_s), _softmax_and_log(z_t)
     absent = torch.isneginf(log_s) & torch.isneginf(log_t) if _may_hold_neg_inf(log_s, log_t) else None
     d = log_t.sub_(log_s).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if absent is not None:
@@ -175,9 +175,13 @@ def _jsd(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor
 _DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
-def _log_softmax_(logits: Tensor) -> Tensor:
-    """log_softmax in place: a row is read whole before any of it is written."""
-    return torch.log_softmax(logits, -1, out=logits)
+def _softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax, and its log in the place of `logits`. The largest probability is 1 / Z, so that an element takes one
+    exponential: they are most of the time on a CPU.
+    """
+    p = logits.softmax(-1)
+    log_p = logits.sub_(logits.amax(-1, keepdim=True)).add_(p.amax(-1, keepdim=True).log_())
+    return p, log_p
 
 
 def _may_hold_neg_inf(*logs: Tensor) -> bool:
