@@ -100,6 +100,9 @@ class Config:
     seed: int = flag(0, "seed of the first run")
     seeds: int = flag(1, "how many seeds to run, one after another")
     baseline: bool = flag(False, "also train the same student on the same tokens without the teacher")
+    baseline_steps: int | None = flag(
+        None, "optimizer steps of that one, if not those of the run: more of them take as long as fewer with a teacher"
+    )
 
     epochs: float = flag(1.0, "passes over the student's text, unless --max-steps is given")
     max_steps: int | None = flag(None, "optimizer steps")
@@ -248,13 +251,16 @@ class Config:
             raise UsageError(f"--balance {self.balance} measures against kd and lm, whose weights are both 0")
         if self.balance == "gradient" and self.shard:
             raise UsageError("--balance gradient: gradients of weights spread by --shard cannot be measured apart")
+        if self.baseline_steps and not self.baseline:
+            raise UsageError(f"--baseline-steps {self.baseline_steps} needs --baseline, the student that takes them")
         if self.resume and self.output_dir is None:
             raise UsageError("--resume needs --output-dir, the run to go on with")
 
     def without_teacher(self) -> Config:
         """The same run on the text alone."""
         weights = {f"{name}_weight": float(name == "lm") for name in COMPONENTS}
-        return dataclasses.replace(self, **weights, curriculum="none", balance="none")
+        steps = self.baseline_steps or self.max_steps
+        return dataclasses.replace(self, **weights, curriculum="none", balance="none", max_steps=steps)
 
 
 COMPONENTS = ("kd", "lm", "layerwise", "attention", "attention_alignment", "routing_feature", "contrastive")
@@ -265,8 +271,8 @@ _ABOVE_ZERO = (
 )  # fmt: skip
 
 _AT_LEAST_ONE = (
-    "seeds", "max_steps", "stop_at", "batch_size", "grad_accum", "log_steps", "detail_steps", "eval_steps",
-    "save_steps", "keep_checkpoints", "max_bad_steps", "teacher_steps", "teacher_depth", "patience",
+    "seeds", "baseline_steps", "max_steps", "stop_at", "batch_size", "grad_accum", "log_steps", "detail_steps",
+    "eval_steps", "save_steps", "keep_checkpoints", "max_bad_steps", "teacher_steps", "teacher_depth", "patience",
     "routing_top_k", "balance_steps",
 )  # fmt: skip
 

@@ -117,7 +117,9 @@ def estimate(
     steps = config.max_steps
     if steps is None and rows is not None:
         steps = math.ceil(config.epochs * rows / (config.batch_size * config.grad_accum))
-    run_flops = None if steps is None else steps * config.seeds * (taught + config.baseline * alone)
+    run_flops = None
+    if steps is not None:
+        run_flops = config.seeds * (steps * taught + config.baseline * (config.baseline_steps or steps) * alone)
     return Estimate(memory, moment, taught, run_flops)
 
 

@@ -131,7 +131,8 @@ def _held_out_loss(axes: Axes, run: Run) -> None:
     teacher = run.teacher.evaluation.loss
     if run.has_one_tokenizer:
         axes.axhline(teacher, color="black", linestyle="--", linewidth=1, label=f"teacher {teacher:.3f}")
-        expected, steps = expectation(run), run.evaluated[0].total_steps
+        stage = next((stage for stage in run.evaluated if stage.recipe == DISTILLED), run.evaluated[0])
+        expected, steps = expectation(run), stage.total_steps
         if expected and steps:
             edges = [expected.upper(share) for share in AT_MOST_LEFT]
             shares = [share * steps for share in AT_MOST_LEFT]

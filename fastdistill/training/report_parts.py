@@ -13,6 +13,7 @@ from fastdistill.training.plots import Plot
 from fastdistill.training.results import (
     Difference,
     Row,
+    Waypoint,
     differences,
     expectation,
     gaps_closed,
@@ -113,10 +114,16 @@ def _comparison(found: Sequence[Difference]) -> list[str | Items]:
     title = "Held-out loss of the distilled student minus that of cross-entropy only (below 0: distillation wins):"
     lines = []
     for d in found:
-        where = "equal steps" if d.equal_steps else f"step {d.step}, the last that both were evaluated at"
+        distilled, baseline = d.steps
+        if not d.final:
+            where = f"step {distilled}, the last that both were evaluated at"
+        elif distilled == baseline:
+            where = "equal steps"
+        else:
+            where = f"their ends, after {distilled} and {baseline} steps"
         so_far = "" if d.final else " so far"
         lines.append(
-            f"seed {d.seed}: {d.at_step:+.3f} at {where}, {d.at_best:+.3f} best checkpoint against best{so_far}"
+            f"seed {d.seed}: {d.at_steps:+.3f} at {where}, {d.at_best:+.3f} best checkpoint against best{so_far}"
         )
     return [title, Items(lines)] if lines else []
 
@@ -149,17 +156,16 @@ def _trajectory(run: Run) -> list[str | Table]:
     expected, found = expectation(run), waypoints(run)
     if expected is None or not found:
         return []
-    names = list(dict.fromkeys(name for waypoint in found for name in waypoint.found))
     lines = [
-        [str(point.step), f"{point.at_most:.3f}", *(_beside(point.found.get(name), point.at_most) for name in names)]
-        for point in found
+        [w.student, str(w.step), f"{w.progress:.0%}", f"{w.at_most:.3f}", f"{w.found:.3f}", _shown_edge(w)]
+        for w in found
     ]
-    note = f"What is above the band is marked. Expected before the first step: {expected.describe()}."
-    return [Table(["step", "expected at most", *names], lines), note]
+    columns = ["model", "step", "of its steps", "expected at most", "held-out loss", ""]
+    return [Table(columns, lines), f"Expected before the first step: {expected.describe()}."]
 
 
-def _beside(loss: float | None, at_most: float) -> str:
-    return "" if loss is None else f"{loss:.3f}" + " above" * (not loss <= at_most)
+def _shown_edge(waypoint: Waypoint) -> str:
+    return "" if waypoint.found <= waypoint.at_most else "above"
 
 
 def _warnings(run: Run) -> list[str | Items]:

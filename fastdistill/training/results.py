@@ -59,12 +59,10 @@ class Difference:
     """Held-out loss of the distilled student minus that of the baseline, in nats a token: below 0 distillation wins."""
 
     seed: int
-    step: int
-    """The last step at which both were evaluated."""
-    at_step: float
+    steps: tuple[int, int]
+    """Of the distilled student and the baseline: their ends, or before that the last at which both were evaluated."""
+    at_steps: float
     at_best: float
-    equal_steps: bool
-    """Whether that step is the end of both."""
     final: bool
 
 
@@ -76,26 +74,27 @@ def differences(run: Run) -> list[Difference]:
         distilled, baseline = stages.get((DISTILLED, seed)), stages.get((BASELINE, seed))
         if distilled is None or baseline is None:
             continue
-        step = max(distilled.evaluations.keys() & baseline.evaluations.keys())
-        if step > 0:
-            at_step, at_best = (
+        final = distilled.finished and baseline.finished
+        common = max(distilled.evaluations.keys() & baseline.evaluations.keys())
+        steps = (distilled.last_step, baseline.last_step) if final else (common, common)
+        if common > 0:
+            at_steps, at_best = (
                 distilled.evaluations[a].loss - baseline.evaluations[b].loss
-                for a, b in ((step, step), (distilled.best_step, baseline.best_step))
+                for a, b in (steps, (distilled.best_step, baseline.best_step))
             )
-            final = distilled.finished and baseline.finished
-            equal_steps = final and distilled.last_step == baseline.last_step
-            found.append(Difference(seed, step, at_step, at_best, equal_steps, final))
+            found.append(Difference(seed, steps, at_steps, at_best, final))
     return found
 
 
 @dataclass(frozen=True)
 class Waypoint:
-    """An evaluation beside what was expected of it when the run began."""
+    """An evaluation of a student beside what was expected of it when it began."""
 
+    student: str
     step: int
+    progress: float
     at_most: float
-    found: dict[str, float]
-    """By student, as far as they have come."""
+    found: float
 
 
 def expectation(run: Run) -> Trajectory | None:
@@ -103,18 +102,17 @@ def expectation(run: Run) -> Trajectory | None:
 
 
 def waypoints(run: Run) -> list[Waypoint]:
-    """The first evaluation at or after each of the shares of the steps that `AT_MOST_LEFT` names."""
-    expected = expectation(run)
-    furthest = max(run.evaluated, key=lambda stage: len(stage.evaluations))
-    steps = furthest.total_steps
-    if expected is None or not steps:
+    """Of each student the first evaluation at or after each of the shares of its steps that `AT_MOST_LEFT` names."""
+    expected, found = expectation(run), []
+    if expected is None:
         return []
-    found = []
-    for share in sorted(AT_MOST_LEFT)[1:]:
-        step = next((step for step in furthest.evaluations if step >= share * steps), None)
-        if step is not None and step not in [waypoint.step for waypoint in found]:
-            losses = {s.name: held_out(s.evaluations[step]) for s in run.evaluated if step in s.evaluations}
-            found.append(Waypoint(step, expected.upper(step / steps), losses))
+    for stage in run.evaluated:
+        total = stage.total_steps or math.inf
+        shares = sorted(AT_MOST_LEFT)[1:]
+        reached = (next((step for step in stage.evaluations if step >= share * total), None) for share in shares)
+        for step in dict.fromkeys(step for step in reached if step is not None):
+            loss = held_out(stage.evaluations[step])
+            found.append(Waypoint(stage.name, step, step / total, expected.upper(step / total), loss))
     return found
 
 

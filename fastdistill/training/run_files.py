@@ -211,7 +211,8 @@ def _record(line: str, place: str) -> dict[str, Any]:
 def _stage(seed: int, recipe: str, folder: Path, config: Config) -> Stage:
     records = read_log(folder / "log.jsonl")
     logged = [record["total_steps"] for record in records if "total_steps" in record]
-    total_steps = logged[-1] if logged else config.max_steps
+    settled = config.without_teacher() if recipe == BASELINE else config
+    total_steps = logged[-1] if logged else settled.max_steps
     stage = Stage(seed, recipe, records, total_steps, (folder / "result.json").exists())
     first = next(iter(stage.evaluations), 0)
     if first != 0:

@@ -128,6 +128,8 @@ def test_a_config_file_may_name_where_its_run_is_kept(tmp_path):
         (["--data-share", "1.5"], r"--data-share must be in \(0, 1\], got 1.5"),
         (["--kd-weight", "0", "--lm-weight", "0", "--layerwise-weight", "0"], "are 0: nothing would be learned"),
         (["--resume"], "--resume needs --output-dir"),
+        (["--no-baseline", "--baseline-steps", "9"], "--baseline-steps 9 needs --baseline"),
+        (["--baseline-steps", "0"], "--baseline-steps must be at least 1, got 0"),
         (["--config", "no-such.json"], "--config no-such.json: No such file"),
         (["--config", "a.json", "--preset", "demo"], "--preset and --config are both given"),
         (

@@ -197,6 +197,8 @@ def test_operations_of_a_run_by_hand():
     taught = alone + 2 * 3 * 16 * (teacher.block_flops(16) + teacher.head_flops())
     found = of(config, teacher=WIDER)
     assert (found.step_flops, found.run_flops) == (taught, 2 * 5 * (taught + alone))
+    longer = dataclasses.replace(config, baseline_steps=7)
+    assert of(longer, teacher=WIDER).run_flops == 2 * (5 * taught + 7 * alone)
     by_epochs = dataclasses.replace(config, max_steps=None, epochs=2.0, seeds=1, baseline=False)
     assert of(by_epochs, teacher=WIDER, rows=16).run_flops == 6 * taught  # 32 rows by 6
     assert of(by_epochs, teacher=WIDER).run_flops is None

@@ -232,6 +232,16 @@ def test_the_last_step_is_evaluated_whatever_its_number(run, records):
     assert [r["step"] for r in log if r["event"] == "eval"] == [0, 3, 5]
 
 
+def test_a_baseline_can_be_given_steps_of_its_own(run, records):
+    folder = run(baseline=True, baseline_steps=5, max_steps=3)
+    ends = {name: records(folder / "seed-0" / name / "log.jsonl")[-1] for name in ("ce-only", "distilled")}
+    assert {name: (end["event"], end["step"]) for name, end in ends.items()} == {
+        "ce-only": ("eval", 5),
+        "distilled": ("eval", 3),
+    }
+    assert "at their ends, after 3 and 5 steps" in (folder / "report.md").read_text()
+
+
 def test_the_norm_that_is_logged_is_the_gradients(run, records, monkeypatch):
     clip_gradients, norms = engine.clip_gradients, []
 

@@ -190,13 +190,16 @@ def test_what_was_expected_stands_beside_what_was_found(reported):
     start, goal = math.log(60), math.log(20)
     half, end = (goal + left * (start - goal) for left in (0.6, 0.5))
     (waypoints,) = [results["expected"]["waypoints"]]
-    assert [(point["step"], point["at_most"]) for point in waypoints] == [
-        (10, pytest.approx(half)),  # the first evaluation after 10 and 25 % too
-        (20, pytest.approx(end)),
+    assert [(point["student"], point["step"], point["progress"], point["at_most"]) for point in waypoints] == [
+        ("ce-only, seed 0", 10, 0.5, pytest.approx(half)),  # the first evaluation after 10 and 25 % too
+        ("ce-only, seed 0", 20, 1.0, pytest.approx(end)),
+        ("distilled, seed 0", 10, 0.5, pytest.approx(half)),
+        ("distilled, seed 0", 20, 1.0, pytest.approx(end)),
     ]
-    assert f"| 20 | {end:.3f} | {math.log(50):.3f} above | {math.log(30):.3f} |" in markdown
+    assert f"| ce-only, seed 0 | 20 | 100% | {end:.3f} | {math.log(50):.3f} | above |" in markdown
+    assert f"| distilled, seed 0 | 20 | 100% | {end:.3f} | {math.log(30):.3f} |  |" in markdown
     assert f"from {start:.3f}, the untrained student's, towards {goal:.3f}, the teacher's" in markdown
-    assert ["step", "expected at most", "ce-only, seed 0", "distilled, seed 0"] in cells(html)
+    assert ["model", "step", "of its steps", "expected at most", "held-out loss", ""] in cells(html)
 
 
 def test_what_is_expected_at_a_step_is_compared_at_that_step(reported):
@@ -211,10 +214,21 @@ def test_before_a_second_evaluation_nothing_is_compared(reported):
     assert "Expected and found" not in markdown
 
 
-def test_a_student_that_has_not_come_so_far_leaves_its_cell_empty(reported):
-    markdown, _, _ = reported({"seed-0/ce-only": BASELINE, "seed-0/distilled": DISTILLED[:1]})
-    assert len(lines_of(markdown, "| 20 |")) == 1
-    assert "| 20 | 3.545 | 3.912 above |" in markdown
+def test_a_student_of_more_steps_is_compared_by_its_own_and_at_its_end(reported):
+    longer = [*BASELINE, trained(40, total_steps=40), evaluation(40, 28)]
+    stages = {"seed-0/ce-only": longer, "seed-0/distilled": DISTILLED}
+    markdown, _, results = reported(stages, baseline_steps=40)
+    assert [(p["step"], p["progress"]) for p in results["expected"]["waypoints"]] == [
+        *((10, 0.25), (20, 0.5), (40, 1.0)),
+        *((10, 0.5), (20, 1.0)),
+    ]
+    assert f"- seed 0: {math.log(30 / 28):+.3f} at their ends, after 20 and 40 steps, " in markdown
+    assert [s["total_steps"] for s in results["students"]] == [40, 20]
+
+
+def test_before_its_first_line_a_student_is_known_by_the_steps_that_are_set(reported):
+    _, _, results = reported({"seed-0/ce-only": BASELINE[:1], "seed-0/distilled": DISTILLED[:1]}, baseline_steps=40)
+    assert [s["total_steps"] for s in results["students"]] == [40, 20]
 
 
 def test_nothing_is_expected_where_the_teacher_is_no_better(reported):
