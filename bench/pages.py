@@ -5,7 +5,8 @@ python -m bench.pages --check    # names what differs from what it would write, 
 
 A part that begins with `<!-- bench/results/NAME.json: WORDS -->` and ends with `<!-- end -->` is the table of the
 file's rows that `bench.rows.chosen` finds; with `as docs/bench/NAME.svg` after the file's name it is their figure. Of
-docs/runs/demo/report.md the WORDS `seed 0` show that seed's rows and the comparison of all seeds.
+a run's report.md the WORDS `seed 0` show that seed's rows and the comparison of all seeds; other WORDS, of any .md, are
+a heading of it, and show the first table below.
 
 Pages that belong to a file of numbers (`TIED`) need no marks: a table there is found by its head. Their sentences and
 lists, which have none, are compared alone and are for the author to write. A figure keeps the digest of what it was
@@ -103,7 +104,8 @@ class Page:
             if image:
                 new = self._figure(kept, image, what)
             elif kept.endswith(".md"):
-                new = comparison(self.root / kept, what)
+                text = (self.root / kept).read_text(encoding="utf-8")
+                new = comparison(text, what) if what.startswith("seed ") else below(text, what)
             else:
                 new = table(read(self.root / kept), what)
         except (OSError, ValueError) as error:
@@ -163,9 +165,16 @@ def stamped(draw: Callable[[Any, Path], None], kept: Any, path: Path, source: st
         image.save(path, pnginfo=text, dpi=image.info["dpi"])
 
 
-def comparison(report: Path, what: str) -> str:
+def below(text: str, heading: str) -> str:
+    place = re.search(rf"^#+ {re.escape(heading)}$", text, re.MULTILINE)
+    found = TABLE.search(text, place.end()) if place else None
+    if found is None:
+        raise ValueError(f"there is no table below a heading {heading!r}")
+    return found[0].rstrip("\n")
+
+
+def comparison(text: str, what: str) -> str:
     """Of a report: the rows of a seed, and of models without one; and the list that compares seeds."""
-    text = report.read_text(encoding="utf-8")
     found = TABLE.search(text)
     assert found
     head, rule, *lines = found[0].splitlines()

@@ -42,7 +42,7 @@ def test_pages_and_figures_are_those_of_the_kept_numbers(capsys):
 
 
 def test_the_readme_shows_results_in_marked_parts_alone():
-    assert len(pages.PART.findall(README)) == 2
+    assert len(pages.PART.findall(README)) == 3
     assert "| eager |" not in pages.PART.sub("", README)
 
 
@@ -117,6 +117,7 @@ def test_sentences_are_left_to_the_author(copy, capsys):
         ("<!-- end -->", "", "a part has no <!-- end -->"),
         (": linear_softmax_kl both", ": linear_kl both", "no result has 'linear_kl both 1.0'"),
         ("report.md: seed 0 -->", "report.md: seed 9 -->", "no row is of 'seed 9'"),
+        ("report.md: seed 0 -->", "report.md: Curve -->", "there is no table below a heading 'Curve'"),
         (RESULT + ":", "bench/results/none.json:", "No such file"),
     ],
 )

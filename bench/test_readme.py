@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_tables_and_comparisons_are_those_of_the_kept_results():
     results = sorted((ROOT / "bench" / "results").glob("*.json"))
-    report = (ROOT / "docs" / "runs" / "demo" / "report.md").read_text(encoding="utf-8")
-    texts = [*(table(json.loads(path.read_text())) for path in results), report]
+    reports = sorted((ROOT / "docs" / "runs").glob("*/report.md"))
+    texts = [*(table(json.loads(path.read_text())) for path in results), *(path.read_text() for path in reports)]
     kept = [line for text in texts for line in text.splitlines()]
     figures = [line for line in README.splitlines() if re.match(r"\|.*\d\.\d|- seed", line)]
     assert len(figures) >= 17
@@ -62,7 +62,15 @@ def test_the_quick_start_shows_what_doctor_printed():
         *(
             f"docs/{name}"
             for name in (
-                *("attention.md", "evaluation.md", "how-it-works.md", "kaggle.ipynb", "layerwise.md", "memory.md"),
+                *(
+                    "attention.md",
+                    "clean-run.md",
+                    "evaluation.md",
+                    "how-it-works.md",
+                    "kaggle.ipynb",
+                    "layerwise.md",
+                    "memory.md",
+                ),
                 *("objectives.md", "performance.md", "postmortem.md", "presets.md", "quickstart.md", "train-step.md"),
             )
         ),

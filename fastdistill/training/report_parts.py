@@ -229,6 +229,7 @@ def recipe(config: Config) -> str:
     loss += f", curriculum {config.curriculum}" * (config.curriculum != "none")
     loss += f", balanced by {config.balance}" * (config.balance != "none")
     steps = f"{config.max_steps} steps" if config.max_steps else f"{config.epochs:g} epochs"
+    steps += f" ({config.baseline_steps} without the teacher)" * bool(config.baseline_steps)
     return (
         f"{loss}; {steps} of {config.batch_size} x {config.grad_accum} sequences of {config.seq_len} tokens; AdamW, "
         f"peak learning rate {config.lr:g}, {config.schedule}, {config.warmup_steps} steps of warm-up, weight decay "
