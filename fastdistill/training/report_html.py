@@ -19,7 +19,7 @@ p, li { max-width: 46rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--quiet); font-weight: 600; }
+th { color: var(--quiet); font-weight: 600; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 img { width: 31rem; max-width: 100%; margin: .3rem 0; background: white; }
