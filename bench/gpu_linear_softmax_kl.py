@@ -157,7 +157,7 @@ def results() -> Iterator[dict[str, Any]]:
         flops = 2.0 * shape.tokens * shape.vocab * (3 * shape.student_width + shape.teacher_width)
         about = shape._asdict() | {"dtype": str(shape.dtype)}
         device = inputs["student_weight"].device
-        chunk = min(shape.tokens, linear_chunks._chunk_rows(None, 1, device))
+        chunk = min(shape.tokens, linear_chunks.gpu_chunk_rows(torch.cuda.get_device_capability(device)[0]))
         how = {"products_in_float32": widens(shape.dtype, device), "added_in_place": adds_up(shape.dtype, device)}
         products_ms = median_ms(partial(products_step, inputs, chunk))
         yield {"implementation": "products alone", "chunk": chunk, **about, **how} | {

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import torch
 from torch import Tensor
 
 from bench import kept
 from bench.machine import machine
 from fastdistill import linear_softmax_kl, reference
-from fastdistill.softmax_kl_torch import BUFFERS
+from fastdistill.linear_chunks import chunk_and_block
+from fastdistill.softmax_kl_torch import BUFFERS, block_rows
 from fastdistill.testing import differentiate, peak_memory, random_heads, random_targets
 
 FLOAT32 = 4
@@ -51,8 +53,10 @@ EAGER_UP_TO = 4096
 
 def law(point: Point) -> int:
     """Bytes beyond the inputs, at most: gradients, a chunk, and what each token leaves."""
-    row = BUFFERS * point.vocab * FLOAT32
-    chunk = row * max(1, min(point.tokens, point.max_chunk_bytes // row))
+    row, cpu = point.vocab * FLOAT32, torch.device("cpu")
+    block = block_rows(point.vocab, torch.float32, cpu)
+    tokens, block = chunk_and_block(point.max_chunk_bytes, 2 * row, BUFFERS * row, block, cpu)
+    chunk = 2 * row * min(point.tokens, tokens) + BUFFERS * row * min(point.tokens, block)
     return gradients(point) + chunk + 200 * point.tokens
 
 

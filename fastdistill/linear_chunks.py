@@ -2,7 +2,7 @@
 
 Three buffers are used again for every chunk: the logits of student and teacher, and the gradient, which goes over the
 student's logits where it has their dtype. What lies between the matrix products is the one-launch kernel of
-`softmax_kl`, or PyTorch.
+`softmax_kl`, or PyTorch, which takes a chunk in blocks of tokens, so that what it makes of them stays in a CPU's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastdistill.heads import MAX_CHUNK_BYTES, Gradients, Head, scaled
 from fastdistill.products import Precision
 from fastdistill.reference import compute_dtype
 from fastdistill.rows import TokenRows, token_rows
-from fastdistill.softmax_kl_torch import BUFFERS, SoftmaxKLOptions, TokenTerms, chunk_terms
+from fastdistill.softmax_kl_torch import BUFFERS, SoftmaxKLOptions, TokenTerms, block_rows, chunk_terms
 
 TERMS = len(TokenTerms._fields)
 
@@ -147,12 +147,12 @@ def _walk(
         if teacher is not None and buffers.teacher is not None:
             teacher_logits = teacher.logits(teacher.rows(chunk), buffers.teacher)
         part = None if factors is None else factors[start : start + len(chunk)]
+        dlogits = buffers.gradient[: len(chunk)]
         if form.impl == "triton":
-            dlogits = buffers.gradient[: len(chunk)]
             values = _loss_triton(logits, teacher_logits, chunk, scalars, form, part, dlogits)
         else:
-            values, dlogits = _loss_torch(logits, teacher_logits, chunk, scalars, form, part)
-        yield chunk, hidden, values, None if part is None else dlogits.to(student.precision.operands)
+            values = _loss_torch(logits, teacher_logits, chunk, scalars, form, part, dlogits, buffers.block)
+        yield chunk, hidden, values, None if part is None else dlogits
         start += len(chunk)
 
 
@@ -160,26 +160,30 @@ class _Buffers(NamedTuple):
     """What every chunk uses again, `[rows, V]` each."""
 
     rows: int
+    block: int
+    """Rows that the PyTorch path takes at a time."""
     student: Tensor
     teacher: Tensor | None
     gradient: Tensor
-    """Of the kernel; may be the student's."""
+    """May be the student's."""
 
     @staticmethod
     def of(student: Head, teacher: Head | None, rows: TokenRows, form: LossForm, *, gradient: bool) -> _Buffers:
-        is_kernel, precision = form.impl == "triton", student.precision
+        precision = student.precision
         # Over the logits only where an element takes the place of its own logit: another size would overwrite others.
         own_gradient = gradient and precision.operands != precision.logits
         vocabs = {"student": len(student.weight), "teacher": 0 if teacher is None else len(teacher.weight)}
-        if is_kernel:  # PyTorch's operations would copy rows that are not next to each other
+        if form.impl == "triton":  # PyTorch's operations would copy rows that are not next to each other
             vocabs = {model: -(-vocab // ROW_ELEMENTS) * ROW_ELEMENTS for model, vocab in vocabs.items()}
         token_bytes = vocabs["student"] * (precision.logits.itemsize + own_gradient * precision.operands.itemsize)
         if teacher is not None:
             token_bytes += vocabs["teacher"] * teacher.precision.logits.itemsize
-        if not is_kernel:
-            logits_are_two_of_them = precision.logits == rows.weights.dtype
-            token_bytes += (BUFFERS - 2 * logits_are_two_of_them) * vocabs["student"] * rows.weights.itemsize
-        size = min(max(1, len(rows)), _chunk_rows(form.max_chunk_bytes, token_bytes, rows.weights.device))
+        device, scratch, block = rows.weights.device, 0, 0
+        if form.impl == "torch":
+            scratch = BUFFERS * len(student.weight) * rows.weights.itemsize
+            block = block_rows(len(student.weight), rows.weights.dtype, device)
+        size, block = chunk_and_block(form.max_chunk_bytes, token_bytes, scratch, block, device)
+        size = min(max(1, len(rows)), size)
 
         def buffer(head: Head, width: int, dtype: torch.dtype) -> Tensor:
             return head.weight.new_empty(size, width, dtype=dtype)[:, : len(head.weight)]
@@ -187,9 +191,10 @@ class _Buffers(NamedTuple):
         logits = buffer(student, vocabs["student"], precision.logits)
         return _Buffers(
             size,
+            block,
             logits,
             None if teacher is None else buffer(teacher, vocabs["teacher"], teacher.precision.logits),
-            buffer(student, vocabs["student"], precision.operands) if is_kernel and own_gradient else logits,
+            buffer(student, vocabs["student"], precision.operands) if own_gradient else logits,
         )
 
 
@@ -198,10 +203,18 @@ def gpu_chunk_rows(major: int) -> int:
     return CHUNK_ROWS[max((known for known in CHUNK_ROWS if known <= major), default=min(CHUNK_ROWS))]
 
 
-def _chunk_rows(max_chunk_bytes: int | None, token_bytes: int, device: torch.device) -> int:
+def chunk_and_block(
+    max_chunk_bytes: int | None, token_bytes: int, scratch_bytes: int, block: int, device: torch.device
+) -> tuple[int, int]:
+    """Tokens of a chunk, and of a block of it, at most `block`.
+
+    A token of the chunk takes `token_bytes`; one of the block, `scratch_bytes` more.
+    """
     if max_chunk_bytes is None and device.type == "cuda":
-        return gpu_chunk_rows(torch.cuda.get_device_capability(device)[0])
-    return max(1, (max_chunk_bytes or MAX_CHUNK_BYTES) // token_bytes)
+        return gpu_chunk_rows(torch.cuda.get_device_capability(device)[0]), block
+    most = max_chunk_bytes or MAX_CHUNK_BYTES
+    block = min(block, max(1, most // (token_bytes + scratch_bytes)))
+    return max(1, (most - block * scratch_bytes) // token_bytes), block
 
 
 def _gradient_scale(precision: Precision, scalars: Tensor, form: LossForm, weights: Tensor) -> Tensor:
@@ -244,8 +257,10 @@ def _loss_torch(
     scalars: Tensor,
     form: LossForm,
     factors: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The terms and the gradient of `_loss_triton`, in PyTorch; the logits are overwritten."""
+    dlogits: Tensor,
+    block_size: int,
+) -> Tensor:
+    """As `_loss_triton`, in PyTorch, so many tokens at a time; the logits are overwritten."""
     # Numbers cost the CPU less than tensors do, and nothing is waited for there.
     numbers = scalars.tolist() if scalars.device.type == "cpu" else scalars.unbind()
     temperature, kl_scale, ce_weight, jsd_beta = numbers
@@ -260,10 +275,16 @@ def _loss_torch(
         metrics=form.metrics,
     )
     dtype = chunk.weights.dtype
-    teacher = None if teacher is None else teacher.to(dtype)
-    terms, dlogits = chunk_terms(student.to(dtype), teacher, chunk.targets, options, gradient=factors is not None)
-    none = torch.zeros_like(chunk.weights)
-    values = torch.stack([none if term is None else term for term in terms.weighted(chunk)])
-    if factors is None or dlogits is None:
-        return values, student
-    return values, chunk.zero_uncounted_(dlogits.mul_((chunk.weights * factors)[:, None]))
+    values = chunk.weights.new_zeros(TERMS, len(chunk))
+    start = 0
+    for block in chunk.chunks(block_size):
+        part = slice(start, start := start + len(block))
+        z_s, z_t = student[part].to(dtype), None if teacher is None else teacher[part].to(dtype)
+        terms, gradient = chunk_terms(z_s, z_t, block.targets, options, gradient=factors is not None)
+        for row, term in zip(values, terms.weighted(block), strict=True):
+            if term is not None:
+                row[part] = term
+        if factors is not None and gradient is not None:
+            torch.mul(gradient, (block.weights * factors[part])[:, None], out=dlogits[part])
+            block.zero_uncounted_(dlogits[part])
+    return values

@@ -23,7 +23,7 @@ from fastdistill.reference import MAX_LOG_RATIO, compute_dtype
 from fastdistill.rows import TokenRows
 
 CHUNK_BYTES = 2 << 20
-"""Bytes of one [tokens, V] buffer at the logits level, so that the few in use stay in a CPU's last-level cache."""
+"""Bytes of one [tokens, V] buffer, so that the few in use stay in a CPU's last-level cache."""
 
 GPU_CHUNK_BYTES = 128 << 20
 """The same on a GPU, where a chunk must be large beside the cost of launching its operations. Never measured on one."""
@@ -115,6 +115,14 @@ def chunk_terms(
     if gradient and grad is None:
         grad = student.zero_()
     return TokenTerms(loss, kl, ce, student_entropy, teacher_entropy, top1_agreement), grad
+
+
+def block_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many tokens `chunk_terms` is given at a time, at least one to each of a CPU's threads: as many to each."""
+    if device.type != "cpu":
+        return max(1, GPU_CHUNK_BYTES // (vocab * dtype.itemsize))
+    threads = torch.get_num_threads()
+    return threads * max(1, CHUNK_BYTES // (vocab * dtype.itemsize * threads))
 
 
 def is_on(weight: float | Tensor) -> bool:
@@ -235,9 +243,8 @@ class _SoftmaxKL(torch.autograd.Function):
 
 def _walk(student_logits, teacher_logits, rows, options, *, gradient):
     """(chunk of rows, its terms, its gradient) for every chunk."""
-    dtype, vocab = compute_dtype(student_logits), student_logits.shape[-1]
-    chunk_bytes = CHUNK_BYTES if student_logits.device.type == "cpu" else GPU_CHUNK_BYTES
-    for chunk in rows.chunks(max(1, chunk_bytes // (vocab * dtype.itemsize))):
+    dtype = compute_dtype(student_logits)
+    for chunk in rows.chunks(block_rows(student_logits.shape[-1], dtype, student_logits.device)):
         student = chunk.take(student_logits.detach(), dtype)
         teacher = None
         if teacher_logits is not None:

@@ -299,13 +299,35 @@ def test_the_kernels_buffers_stay_within_the_bytes_they_are_given(gradient, has_
     own_gradient = gradient and logits == "wide"
     assert buffers.gradient.dtype == (dtype if own_gradient else precision.logits)
     assert (buffers.gradient.data_ptr() == buffers.student.data_ptr()) is not own_gradient
-    held = {x.untyped_storage().data_ptr(): x for x in buffers[1:] if x is not None}
+    tensors = [x for x in (buffers.student, buffers.teacher, buffers.gradient) if x is not None]
+    held = {x.untyped_storage().data_ptr(): x for x in tensors}
     row_bytes = sum(x.stride(0) * x.itemsize for x in held.values())
     assert sum(x.untyped_storage().nbytes() for x in held.values()) == buffers.rows * row_bytes
     assert buffers.rows * row_bytes <= budget < (buffers.rows + 1) * row_bytes
     assert [tuple(x.shape) for x in (buffers.student, buffers.gradient)] == [(buffers.rows, 1000)] * 2
     assert (buffers.teacher is not None) is has_teacher
     assert all(x.stride(0) * x.itemsize % 128 == 0 for x in held.values())
+
+
+@each_half
+@pytest.mark.parametrize(("budget", "rows", "block"), [(1, 1, 1), (100_000, 5, 2), (400_000, 14, 11)])
+def test_pytorchs_buffers_and_its_block_stay_within_the_bytes_they_are_given(budget, rows, block, dtype):
+    """A token has 9600 bytes, one of a block 24 000 more."""
+    arguments, precision = heads(dtype, vocab=1000, teacher_vocab=900), Precision(dtype, torch.float32)
+    student, teacher = (
+        Head(*(arguments[f"{model}_{part}"] for part in ("hidden", "weight", "bias")), vocab=vocab, precision=precision)
+        for model, vocab in (("student", 1000), ("teacher", 900))
+    )
+    tokens = token_rows(torch.ones(64, device=DEVICE), None, drop_uncounted=False)
+    form = linear_chunks.LossForm("forward_kl", 900, False, 1, True, True, None, False, budget, "torch")
+    buffers = linear_chunks._Buffers.of(student, teacher, tokens, form, gradient=True)
+    assert (buffers.rows, buffers.block) == (rows, block)
+    held = buffers.student, buffers.teacher, buffers.gradient
+    assert [(x.shape, x.dtype) for x in held if x is not None] == [
+        ((rows, 1000), torch.float32),
+        ((rows, 900), torch.float32),
+        ((rows, 1000), dtype),
+    ]
 
 
 @each_impl
@@ -382,7 +404,13 @@ def test_gpus_with_tensor_cores_for_it_return_products_in_float32(dtype):
 def test_tokens_of_a_chunk_follow_the_gpu_unless_memory_is_named(capability, rows, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert linear_chunks._chunk_rows(None, 1 << 20, gpu) == rows
-    assert linear_chunks._chunk_rows(7 << 20, 1 << 20, gpu) == 7
-    assert linear_chunks._chunk_rows(None, 1 << 20, cpu) == 256
-    assert linear_chunks._chunk_rows(1, 1 << 20, cpu) == 1
+    assert linear_chunks.chunk_and_block(None, 1 << 20, 0, 0, gpu) == (rows, 0)
+    assert linear_chunks.chunk_and_block(7 << 20, 1 << 20, 0, 0, gpu) == (7, 0)
+    assert linear_chunks.chunk_and_block(None, 1 << 20, 0, 0, cpu) == (256, 0)
+    assert linear_chunks.chunk_and_block(1, 1 << 20, 0, 0, cpu) == (1, 0)
+
+
+@pytest.mark.parametrize(("most", "chunk", "block"), [(1, 1, 1), (8, 4, 1), (29, 9, 5), (30, 10, 5), (100, 80, 5)])
+def test_a_chunk_and_what_is_made_of_a_block_of_it_fit_together(most, chunk, block):
+    """A token takes 1, one of a block of at most 5 takes 4 more."""
+    assert linear_chunks.chunk_and_block(most, 1, 4, 5, torch.device("cpu")) == (chunk, block)

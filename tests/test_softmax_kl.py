@@ -226,12 +226,21 @@ def test_incoming_gradient_scales_the_gradient(dloss, dtype, impl):
 
 
 @each_impl
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * 11 * 5, 4 * 11 * 12])  # one token, some that do not divide 12, all
-def test_chunk_size_does_not_change_the_result(chunk_bytes, impl, monkeypatch):
-    monkeypatch.setattr(softmax_kl_torch, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("tokens", [1, 5, 12])  # one, some that do not divide 12, all
+def test_chunk_size_does_not_change_the_result(tokens, impl, monkeypatch):
+    monkeypatch.setattr(softmax_kl_torch, "block_rows", lambda vocab, dtype, device: tokens)
     arguments = {**random_logits(B, S, V), **CASES["mask_and_targets"], "metrics": True}
     assert_matches_definition(arguments, impl)
     assert_matches_definition({**arguments, "reduction": "none"}, impl, random_normal(B, S))
+
+
+@pytest.mark.parametrize(
+    ("threads", "vocab", "rows"), [(2, 50257, 10), (2, 151936, 2), (16, 151936, 16), (4, 1, 1 << 19)]
+)
+def test_every_thread_has_a_token_of_a_block_and_as_many_as_the_others(threads, vocab, rows, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert softmax_kl_torch.block_rows(vocab, torch.float32, torch.device("cpu")) == rows
+    assert softmax_kl_torch.block_rows(vocab, torch.float32, torch.device("cuda")) == max(1, (1 << 25) // vocab)
 
 
 @each_impl

@@ -11,7 +11,7 @@ import torch
 
 from fastdistill.training import hardware
 from fastdistill.training.config import Config
-from fastdistill.training.estimate import Device, Estimate, chunk_tokens
+from fastdistill.training.estimate import Device, Estimate
 from fastdistill.training.finding import FAULT, GOOD, NOTE, Finding
 from fastdistill.training.hardware import Gpu
 from fastdistill.training.loading import DTYPES
@@ -78,11 +78,9 @@ def plan(preset: str, changed: dict[str, Any], gpu: Gpu | None, *, is_served: bo
     stand_in = ", which stands in for the one that you name" * (PAIRS[preset].teacher is STAND_IN)
     yield Finding(GOOD, "preset", f"{preset}: {sizes}{stand_in}")
     yield Finding(GOOD, "precision", here.precision.describe(), numbers={"precision": here.precision.name})
-    chunk = chunk_tokens(config, student.vocab_size, here.shape)
     rows = f"{config.batch_size} x {config.grad_accum} rows of {config.seq_len:,} tokens a step"
-    yield Finding(
-        GOOD, "batch", f"{rows}; the fused loss takes {chunk:,} of them at a time", numbers={"chunk_tokens": chunk}
-    )
+    taken = f"the fused loss takes {found.chunk_tokens:,} of them at a time"
+    yield Finding(GOOD, "batch", f"{rows}; {taken}", numbers={"chunk_tokens": found.chunk_tokens})
     yield _memory(here, found)
     try:
         rate = _product_rate(here) if is_served else None

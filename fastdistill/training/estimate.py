@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from transformers import PreTrainedConfig
 
 from fastdistill.attention_torch import BUFFERS as BUFFERS_OF_SCORES
@@ -17,8 +18,8 @@ from fastdistill.attention_torch import STATISTICS, block_queries
 from fastdistill.backend import TENSOR_CORES
 from fastdistill.cross_vocab import SHARED_BUFFERS, SORTED_BUFFERS
 from fastdistill.heads import MAX_CHUNK_BYTES
-from fastdistill.linear_chunks import gpu_chunk_rows
-from fastdistill.softmax_kl_torch import BUFFERS
+from fastdistill.linear_chunks import chunk_and_block, gpu_chunk_rows
+from fastdistill.softmax_kl_torch import BUFFERS, block_rows
 from fastdistill.training.config import COMPONENTS, Config
 from fastdistill.training.contrastive import ENOUGH_TEXTS
 from fastdistill.training.shapes import Shape, kept_bytes
@@ -73,6 +74,8 @@ class Estimate:
     """Of an optimizer step of the distilled student."""
     run_flops: int | None
     """Of all students and steps; None where the number of steps is not known."""
+    chunk_tokens: int
+    """How many of a micro-batch `linear_softmax_kl` takes at a time."""
 
     @property
     def peak(self) -> int:
@@ -120,7 +123,7 @@ def estimate(
     run_flops = None
     if steps is not None:
         run_flops = config.seeds * (steps * taught + config.baseline * (config.baseline_steps or steps) * alone)
-    return Estimate(memory, moment, taught, run_flops)
+    return Estimate(memory, moment, taught, run_flops, run.chunk_of_logits()[0])
 
 
 def step_flops(config: Config, student: Shape, teacher: Shape | None) -> int:
@@ -134,15 +137,6 @@ def step_flops(config: Config, student: Shape, teacher: Shape | None) -> int:
 
 def _is_taught(config: Config) -> bool:
     return any(getattr(config, f"{name}_weight") for name in COMPONENTS if name != "lm")
-
-
-def chunk_tokens(config: Config, vocab_size: int, device: Device) -> int:
-    """How many tokens of a micro-batch `linear_softmax_kl` takes at a time, all of them counting."""
-    if device.capability is None:
-        most = max(1, MAX_CHUNK_BYTES // (BUFFERS * FLOAT32 * vocab_size))
-    else:
-        most = gpu_chunk_rows(device.capability)
-    return min(config.batch_size * config.seq_len, most)
 
 
 @dataclass(frozen=True)
@@ -219,10 +213,11 @@ class _Memory:
         )
 
     def end(self) -> dict[str, int]:
-        """At the embedding, whose turn comes last; its gradient is as large as the head's."""
+        """At the embedding, whose turn is last and whose gradient is as large as the head's."""
         embedding = FLOAT32 * self.student.vocab_size * self.student.width
         again = embedding * (1 + (self.config.grad_accum > 1)) * self.student.tied
-        return {"gradients": FLOAT32 * self._trained(), "gradients of the losses": again}
+        gradients = {"gradients": FLOAT32 * self._trained(), "gradients of the losses": again}
+        return gradients | self._teacher_states()
 
     def _tokens(self) -> int:
         return self.config.batch_size * self.config.seq_len
@@ -356,25 +351,35 @@ class _Memory:
         config, vocab = self.config, self.student.vocab_size
         parts = []
         if config.lm_weight or (config.kd_weight and not self.two_tokenizers):
-            parts.append(self._fused_loss(with_teacher=bool(config.kd_weight) and not self.two_tokenizers))
+            parts.append((self.chunk_of_logits()[1], self._cast_heads()))
         if config.kd_weight and self.two_tokenizers:
             parts.append(self._cross_vocab_loss())
         gradients = FLOAT32 * self.student.width * (self._tokens() + vocab)
         chunks, casts = zip(*parts, strict=True) if parts else ((0,), (0,))
         return max(chunks), len(parts) * gradients, max(casts)
 
-    def _fused_loss(self, *, with_teacher: bool) -> tuple[int, int]:
-        """Bytes of a chunk and of cast heads in `linear_softmax_kl`."""
-        vocab, is_half = self.student.vocab_size, self._is_half()
-        teacher_vocab = self.teacher_shape.vocab_size if with_teacher else 0
-        if self.device.capability is None:
-            token = BUFFERS * FLOAT32 * vocab
-        else:
-            token = FLOAT32 * (vocab + teacher_vocab) + is_half * HALF * vocab
-        cast = vocab * self.student.width
+    def chunk_of_logits(self) -> tuple[int, int]:
+        """How many tokens `linear_softmax_kl` takes at a time, all of them counting, and the bytes it has for them."""
+        vocab, tokens = self.student.vocab_size, self._tokens()
+        token = FLOAT32 * (vocab + self._fused_teacher_vocab()) + self._is_half() * HALF * vocab
+        if self.device.capability is not None:
+            tokens = min(tokens, gpu_chunk_rows(self.device.capability))
+            return tokens, tokens * token
+        cpu, scratch = torch.device("cpu"), BUFFERS * FLOAT32 * vocab
+        most, block = chunk_and_block(None, token, scratch, block_rows(vocab, torch.float32, cpu), cpu)
+        tokens = min(tokens, most)
+        return tokens, tokens * token + min(tokens, block) * scratch
+
+    def _cast_heads(self) -> int:
+        """Bytes of both heads in the precision of the products of `linear_softmax_kl`."""
+        cast = self.student.vocab_size * self.student.width
         if self._teacher_bytes() == FLOAT32:
-            cast += teacher_vocab * self.teacher_shape.width
-        return chunk_tokens(self.config, vocab, self.device) * token, is_half * HALF * cast
+            cast += self._fused_teacher_vocab() * self.teacher_shape.width
+        return self._is_half() * HALF * cast
+
+    def _fused_teacher_vocab(self) -> int:
+        """Of the logits that `linear_softmax_kl` makes of the teacher, if it does."""
+        return self.teacher_shape.vocab_size if self.config.kd_weight and not self.two_tokenizers else 0
 
     def _cross_vocab_loss(self) -> tuple[int, int]:
         """The same in `linear_cross_vocab_kl`, which computes in float32."""
