@@ -23,7 +23,7 @@ from bench import kept
 from bench.machine import machine
 from fastdistill import linear_softmax_kl, reference
 from fastdistill.linear_chunks import chunk_and_block
-from fastdistill.softmax_kl_torch import BUFFERS, block_rows
+from fastdistill.softmax_kl_torch import RESULTS, block_rows
 from fastdistill.testing import differentiate, peak_memory, random_heads, random_targets
 
 FLOAT32 = 4
@@ -55,8 +55,8 @@ def law(point: Point) -> int:
     """Bytes beyond the inputs, at most: gradients, a chunk, and what each token leaves."""
     row, cpu = point.vocab * FLOAT32, torch.device("cpu")
     block = block_rows(point.vocab, torch.float32, cpu)
-    tokens, block = chunk_and_block(point.max_chunk_bytes, 2 * row, BUFFERS * row, block, cpu)
-    chunk = 2 * row * min(point.tokens, tokens) + BUFFERS * row * min(point.tokens, block)
+    tokens, block = chunk_and_block(point.max_chunk_bytes, 2 * row, RESULTS * row, block, cpu)
+    chunk = 2 * row * min(point.tokens, tokens) + RESULTS * row * min(point.tokens, block)
     return gradients(point) + chunk + 200 * point.tokens
 
 

@@ -18,7 +18,15 @@ from fastdistill.heads import MAX_CHUNK_BYTES, Gradients, Head, scaled
 from fastdistill.products import Precision
 from fastdistill.reference import compute_dtype
 from fastdistill.rows import TokenRows, token_rows
-from fastdistill.softmax_kl_torch import BUFFERS, SoftmaxKLOptions, TokenTerms, block_rows, chunk_terms
+from fastdistill.softmax_kl_torch import (
+    BUFFERS,
+    RESULTS,
+    Scratch,
+    SoftmaxKLOptions,
+    TokenTerms,
+    block_rows,
+    chunk_terms,
+)
 
 TERMS = len(TokenTerms._fields)
 
@@ -151,7 +159,8 @@ def _walk(
         if form.impl == "triton":
             values = _loss_triton(logits, teacher_logits, chunk, scalars, form, part, dlogits)
         else:
-            values = _loss_torch(logits, teacher_logits, chunk, scalars, form, part, dlogits, buffers.block)
+            assert buffers.scratch is not None
+            values = _loss_torch(logits, teacher_logits, chunk, scalars, form, part, dlogits, buffers.scratch)
         yield chunk, hidden, values, None if part is None else dlogits
         start += len(chunk)
 
@@ -160,12 +169,12 @@ class _Buffers(NamedTuple):
     """What every chunk uses again, `[rows, V]` each."""
 
     rows: int
-    block: int
-    """Rows that the PyTorch path takes at a time."""
     student: Tensor
     teacher: Tensor | None
     gradient: Tensor
     """May be the student's."""
+    scratch: Scratch | None
+    """Of the PyTorch path."""
 
     @staticmethod
     def of(student: Head, teacher: Head | None, rows: TokenRows, form: LossForm, *, gradient: bool) -> _Buffers:
@@ -178,11 +187,12 @@ class _Buffers(NamedTuple):
         token_bytes = vocabs["student"] * (precision.logits.itemsize + own_gradient * precision.operands.itemsize)
         if teacher is not None:
             token_bytes += vocabs["teacher"] * teacher.precision.logits.itemsize
-        device, scratch, block = rows.weights.device, 0, 0
+        vocab, like, scratch_bytes, block = len(student.weight), rows.weights, 0, 0
+        copies = form.impl == "torch" and precision.logits != like.dtype
         if form.impl == "torch":
-            scratch = BUFFERS * len(student.weight) * rows.weights.itemsize
-            block = block_rows(len(student.weight), rows.weights.dtype, device)
-        size, block = chunk_and_block(form.max_chunk_bytes, token_bytes, scratch, block, device)
+            scratch_bytes = (len(BUFFERS) if copies else RESULTS) * vocab * like.itemsize
+            block = block_rows(vocab, like.dtype, like.device)
+        size, block = chunk_and_block(form.max_chunk_bytes, token_bytes, scratch_bytes, block, like.device)
         size = min(max(1, len(rows)), size)
 
         def buffer(head: Head, width: int, dtype: torch.dtype) -> Tensor:
@@ -191,10 +201,10 @@ class _Buffers(NamedTuple):
         logits = buffer(student, vocabs["student"], precision.logits)
         return _Buffers(
             size,
-            block,
             logits,
             None if teacher is None else buffer(teacher, vocabs["teacher"], teacher.precision.logits),
             buffer(student, vocabs["student"], precision.operands) if own_gradient else logits,
+            Scratch.of(min(size, block), vocab, like, logits=copies) if form.impl == "torch" else None,
         )
 
 
@@ -258,9 +268,9 @@ def _loss_torch(
     form: LossForm,
     factors: Tensor | None,
     dlogits: Tensor,
-    block_size: int,
+    scratch: Scratch,
 ) -> Tensor:
-    """As `_loss_triton`, in PyTorch, so many tokens at a time; the logits are overwritten."""
+    """As `_loss_triton`, in PyTorch, as many tokens at a time as `scratch` is for; the logits are overwritten."""
     # Numbers cost the CPU less than tensors do, and nothing is waited for there.
     numbers = scalars.tolist() if scalars.device.type == "cpu" else scalars.unbind()
     temperature, kl_scale, ce_weight, jsd_beta = numbers
@@ -274,13 +284,17 @@ def _loss_torch(
         shared_vocab=form.shared_vocab,
         metrics=form.metrics,
     )
-    dtype = chunk.weights.dtype
+
+    def in_full(name: str, logits: Tensor) -> Tensor:
+        return logits if logits.dtype == values.dtype else scratch.buffer(name, *logits.shape).copy_(logits)
+
     values = chunk.weights.new_zeros(TERMS, len(chunk))
     start = 0
-    for block in chunk.chunks(block_size):
+    for block in chunk.chunks(scratch.memory.shape[1] // student.shape[1]):
         part = slice(start, start := start + len(block))
-        z_s, z_t = student[part].to(dtype), None if teacher is None else teacher[part].to(dtype)
-        terms, gradient = chunk_terms(z_s, z_t, block.targets, options, gradient=factors is not None)
+        z_s = in_full("student_logits", student[part])
+        z_t = None if teacher is None else in_full("teacher_logits", teacher[part])
+        terms, gradient = chunk_terms(z_s, z_t, block.targets, options, scratch, gradient=factors is not None)
         for row, term in zip(values, terms.weighted(block), strict=True):
             if term is not None:
                 row[part] = term

@@ -28,8 +28,11 @@ CHUNK_BYTES = 2 << 20
 GPU_CHUNK_BYTES = 128 << 20
 """The same on a GPU, where a chunk must be large beside the cost of launching its operations. Never measured on one."""
 
-BUFFERS = 6
-"""How many [tokens, V] buffers are alive at most in `chunk_terms`, its two arguments counted."""
+BUFFERS = ("gradient", "student", "teacher", "student_logits", "teacher_logits")
+"""What `Scratch` has memory for, `[tokens, V]` each."""
+
+RESULTS = 3
+"""How many of these `chunk_terms` works in, beside the logits that it is given."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,20 @@ class SoftmaxKLOptions:
     temperature_squared: bool
     shared_vocab: int
     metrics: bool
+
+
+class Scratch(NamedTuple):
+    """Memory of a block of tokens, used again for every block: to get it fresh costs a CPU more than to fill it."""
+
+    memory: Tensor
+
+    @staticmethod
+    def of(tokens: int, vocab: int, like: Tensor, *, logits: bool) -> Scratch:
+        """In the dtype and on the device of `like`; with memory for a copy of the logits, or without."""
+        return Scratch(like.new_empty(len(BUFFERS) if logits else RESULTS, tokens * vocab))
+
+    def buffer(self, name: str, tokens: int, vocab: int) -> Tensor:
+        return self.memory[BUFFERS.index(name), : tokens * vocab].view(tokens, vocab)
 
 
 class TokenTerms(NamedTuple):
@@ -71,24 +88,35 @@ class TokenTerms(NamedTuple):
 
 
 def chunk_terms(
-    student: Tensor, teacher: Tensor | None, targets: Tensor | None, options: SoftmaxKLOptions, *, gradient: bool
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor | None,
+    options: SoftmaxKLOptions,
+    scratch: Scratch,
+    *,
+    values: bool = True,
+    gradient: bool,
 ) -> tuple[TokenTerms, Tensor | None]:
     """Terms of n tokens and, if asked for, the gradient of each token's loss with respect to its student logits.
 
     `student` `[n, V]` and `teacher` `[n, Vc]` hold logits in float32 or float64; both are overwritten. The gradient
-    `[n, V]` and the terms are not yet weighted by the tokens' weights.
+    `[n, V]`, which lies in `scratch` or in `student`, and the terms are not yet weighted by the tokens' weights.
+    Without `values` the terms are not to be used.
     """
     loss = student.new_zeros(len(student))
     kl = ce = student_entropy = teacher_entropy = top1_agreement = grad = None
     shared = slice(options.shared_vocab)
 
-    if options.metrics and teacher is not None:
-        top1_agreement = (student[:, shared].argmax(-1) == teacher.argmax(-1)).to(student.dtype)
-        student_entropy = torch.special.entr(student[:, shared].softmax(-1)).sum(-1)
-        teacher_entropy = torch.special.entr(teacher.softmax(-1)).sum(-1)
+    def softmax(name: str, logits: Tensor) -> Tensor:
+        return torch.softmax(logits, -1, out=scratch.buffer(name, *logits.shape))
 
-    if targets is not None:
-        p = student.softmax(-1)
+    if values and options.metrics and teacher is not None:
+        top1_agreement = (student[:, shared].argmax(-1) == teacher.argmax(-1)).to(student.dtype)
+        student_entropy = torch.special.entr(softmax("student", student[:, shared])).sum(-1)
+        teacher_entropy = torch.special.entr(softmax("teacher", teacher)).sum(-1)
+
+    if targets is not None and (values or is_on(options.ce_weight)):
+        p = softmax("gradient", student)
         label = targets.clamp(0, student.shape[1] - 1)[:, None]
         ce = (student.amax(-1) - student.gather(1, label).squeeze(1)) - p.amax(-1).log()
         if is_on(options.ce_weight):
@@ -96,22 +124,28 @@ def chunk_terms(
             if gradient:
                 grad = p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
                 _weigh_(grad, options.ce_weight)
-        del p
 
-    if teacher is not None:
+    if teacher is not None and (values or is_on(options.kl_weight)):
         z_s, z_t = _over_(student[:, shared], options.temperature), _over_(teacher, options.temperature)
-        kl, kl_grad = _DIVERGENCES[options.divergence](z_s, z_t, options.jsd_beta)
+        p_s, p_t = softmax("student", z_s), softmax("teacher", z_t)
+        if values or options.divergence != "forward_kl":
+            kl, kl_grad = _DIVERGENCES[options.divergence](z_s, p_s, z_t, p_t, options.jsd_beta)
+        else:
+            kl_grad = p_s.sub_(p_t)
         if is_on(options.kl_weight):
             square = options.temperature**2 if options.temperature_squared else 1.0
-            loss += _weigh_(kl * square, options.kl_weight)
+            if kl is not None:
+                loss += _weigh_(kl * square, options.kl_weight)
             if gradient:
                 _weigh_(kl_grad.mul_(square / options.temperature), options.kl_weight)
-                if grad is None:
+                if grad is not None:
+                    grad[:, shared] += kl_grad
+                elif kl_grad.shape == student.shape:
+                    grad = kl_grad
+                else:
                     grad = student
                     grad[:, options.shared_vocab :] = 0
                     grad[:, shared] = kl_grad
-                else:
-                    grad[:, shared] += kl_grad
     if gradient and grad is None:
         grad = student.zero_()
     return TokenTerms(loss, kl, ce, student_entropy, teacher_entropy, top1_agreement), grad
@@ -140,21 +174,21 @@ def _weigh_(term: Tensor, weight: float | Tensor) -> Tensor:
     return term.masked_fill_(weight == 0, 0) if isinstance(weight, Tensor) else term
 
 
-# Each divergence takes scaled logits [n, Vc], overwrites them, and returns its value [n] and the gradient [n, Vc] with
-# respect to the student's.
+# Each divergence takes scaled logits [n, Vc] of student and teacher with their softmaxes, overwrites them, and returns
+# its value [n] and the gradient [n, Vc] with respect to the student's.
 
 
-def _forward_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    (p_s, log_s), (p_t, log_t) = _softmax_and_log(z_s), _softmax_and_log(z_t)
+def _forward_kl(z_s: Tensor, p_s: Tensor, z_t: Tensor, p_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+    log_s, log_t = _log_softmax_(z_s, p_s), _log_softmax_(z_t, p_t)
     needs_care = _may_hold_neg_inf(log_s, log_t)
     log_ratio = log_t.sub_(log_s)
     if needs_care:
         log_ratio.masked_fill_(p_t == 0, 0)
-    return log_ratio.mul_(p_t).sum(-1), p_s.sub_(p_t)
+    return torch.linalg.vecdot(log_ratio, p_t), p_s.sub_(p_t)
 
 
-def _reverse_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    (p_s, log_s), log_t = _softmax_and_log(z_s), _softmax_and_log(z_t)[1]
+def _reverse_kl(z_s: Tensor, p_s: Tensor, z_t: Tensor, p_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+    log_s, log_t = _log_softmax_(z_s, p_s), _log_softmax_(z_t, p_t)
     infinite = None
     if _may_hold_neg_inf(log_s, log_t):
         no_teacher = torch.isneginf(log_t)
@@ -167,8 +201,8 @@ def _reverse_kl(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor,
     return mean if infinite is None else mean.masked_fill(infinite, torch.inf), gradient
 
 
-def _jsd(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    (p_s, log_s), (p_t, log_t) = _softmax_and_log(z_s), _softmax_and_log(z_t)
+def _jsd(z_s: Tensor, p_s: Tensor, z_t: Tensor, p_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
+    log_s, log_t = _log_softmax_(z_s, p_s), _log_softmax_(z_t, p_t)
     absent = torch.isneginf(log_s) & torch.isneginf(log_t) if _may_hold_neg_inf(log_s, log_t) else None
     d = log_t.sub_(log_s).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if absent is not None:
@@ -183,13 +217,11 @@ def _jsd(z_s: Tensor, z_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor
 _DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
-def _softmax_and_log(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax, and its log in the place of `logits`. The largest probability is 1 / Z, so that an element takes one
+def _log_softmax_(logits: Tensor, p: Tensor) -> Tensor:
+    """The log of their softmax `p`, in their place. The largest probability is 1 / Z, so that an element takes one
     exponential: they are most of the time on a CPU.
     """
-    p = logits.softmax(-1)
-    log_p = logits.sub_(logits.amax(-1, keepdim=True)).add_(p.amax(-1, keepdim=True).log_())
-    return p, log_p
+    return logits.sub_(logits.amax(-1, keepdim=True)).add_(p.amax(-1, keepdim=True).log_())
 
 
 def _may_hold_neg_inf(*logs: Tensor) -> bool:
@@ -216,7 +248,7 @@ class _SoftmaxKL(torch.autograd.Function):
     def forward(ctx, student_logits, teacher_logits, rows, options, inplace_backward):
         ctx.save_for_backward(student_logits, teacher_logits)
         ctx.rows, ctx.options, ctx.inplace_backward = rows, options, inplace_backward
-        walk = _walk(student_logits, teacher_logits, rows, options, gradient=False)
+        walk = _walk(student_logits, teacher_logits, rows, options, values=True)
         terms = TokenTerms.join([terms.weighted(chunk) for chunk, terms, _ in walk])
         ctx.mark_non_differentiable(*(term for term in terms[1:] if term is not None))
         return tuple(terms)
@@ -228,7 +260,7 @@ class _SoftmaxKL(torch.autograd.Function):
         rows = ctx.rows
         output = student_logits.detach() if ctx.inplace_backward else torch.empty_like(student_logits)
         start = 0
-        for chunk, _, grad in _walk(student_logits, teacher_logits, rows, ctx.options, gradient=True):
+        for chunk, _, grad in _walk(student_logits, teacher_logits, rows, ctx.options, values=False):
             assert grad is not None
             # In the compute dtype before the cast: 1 / num_tokens in float16 would flush most of it to zero.
             grad.mul_((dloss[start : start + len(chunk)] * chunk.weights)[:, None])
@@ -241,14 +273,18 @@ class _SoftmaxKL(torch.autograd.Function):
         return output, None, None, None, None
 
 
-def _walk(student_logits, teacher_logits, rows, options, *, gradient):
-    """(chunk of rows, its terms, its gradient) for every chunk."""
-    dtype = compute_dtype(student_logits)
-    for chunk in rows.chunks(block_rows(student_logits.shape[-1], dtype, student_logits.device)):
-        student = chunk.take(student_logits.detach(), dtype)
+def _walk(student_logits, teacher_logits, rows, options, *, values):
+    """For every block of rows: it, and its terms, with `values`, or its gradient."""
+    dtype, vocab = compute_dtype(student_logits), student_logits.shape[-1]
+    size = min(max(1, len(rows)), block_rows(vocab, dtype, student_logits.device))
+    scratch = Scratch.of(size, vocab, rows.weights, logits=True)
+    for chunk in rows.chunks(size):
+        student = chunk.take_into(scratch.buffer("student_logits", len(chunk), vocab), student_logits.detach())
         teacher = None
         if teacher_logits is not None:
-            teacher = chunk.take(teacher_logits.detach()[..., : options.shared_vocab], dtype)
+            teacher = scratch.buffer("teacher_logits", len(chunk), options.shared_vocab)
+            chunk.take_into(teacher, teacher_logits.detach()[..., : options.shared_vocab])
         with full_precision(student):
-            terms, grad = chunk_terms(student, teacher, chunk.targets, options, gradient=gradient)
+            how = {"values": values, "gradient": not values}
+            terms, grad = chunk_terms(student, teacher, chunk.targets, options, scratch, **how)
         yield chunk, terms, grad

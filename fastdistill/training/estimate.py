@@ -19,7 +19,7 @@ from fastdistill.backend import TENSOR_CORES
 from fastdistill.cross_vocab import SHARED_BUFFERS, SORTED_BUFFERS
 from fastdistill.heads import MAX_CHUNK_BYTES
 from fastdistill.linear_chunks import chunk_and_block, gpu_chunk_rows
-from fastdistill.softmax_kl_torch import BUFFERS, block_rows
+from fastdistill.softmax_kl_torch import RESULTS, block_rows
 from fastdistill.training.config import COMPONENTS, Config
 from fastdistill.training.contrastive import ENOUGH_TEXTS
 from fastdistill.training.shapes import Shape, kept_bytes
@@ -365,7 +365,7 @@ class _Memory:
         if self.device.capability is not None:
             tokens = min(tokens, gpu_chunk_rows(self.device.capability))
             return tokens, tokens * token
-        cpu, scratch = torch.device("cpu"), BUFFERS * FLOAT32 * vocab
+        cpu, scratch = torch.device("cpu"), RESULTS * FLOAT32 * vocab
         most, block = chunk_and_block(None, token, scratch, block_rows(vocab, torch.float32, cpu), cpu)
         tokens = min(tokens, most)
         return tokens, tokens * token + min(tokens, block) * scratch
