@@ -56,7 +56,8 @@ def law(point: Point) -> int:
     row, cpu = point.vocab * FLOAT32, torch.device("cpu")
     block = block_rows(point.vocab, torch.float32, cpu)
     tokens, block = chunk_and_block(point.max_chunk_bytes, 2 * row, RESULTS * row, block, cpu)
-    chunk = 2 * row * min(point.tokens, tokens) + RESULTS * row * min(point.tokens, block)
+    states = 3 * point.width * FLOAT32
+    chunk = (2 * row + states) * min(point.tokens, tokens) + RESULTS * row * min(point.tokens, block)
     return gradients(point) + chunk + 200 * point.tokens
 
 

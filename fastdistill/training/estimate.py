@@ -362,13 +362,20 @@ class _Memory:
         """How many tokens `linear_softmax_kl` takes at a time, all of them counting, and the bytes it has for them."""
         vocab, tokens = self.student.vocab_size, self._tokens()
         token = FLOAT32 * (vocab + self._fused_teacher_vocab()) + self._is_half() * HALF * vocab
+        of_states = self._chunk_states()
         if self.device.capability is not None:
             tokens = min(tokens, gpu_chunk_rows(self.device.capability))
-            return tokens, tokens * token
+            return tokens, tokens * (token + of_states)
         cpu, scratch = torch.device("cpu"), RESULTS * FLOAT32 * vocab
         most, block = chunk_and_block(None, token, scratch, block_rows(vocab, torch.float32, cpu), cpu)
         tokens = min(tokens, most)
-        return tokens, tokens * token + min(tokens, block) * scratch
+        return tokens, tokens * (token + of_states) + min(tokens, block) * scratch
+
+    def _chunk_states(self) -> int:
+        """Bytes of a token's hidden states, which are copied, and of the gradient of the student's."""
+        width = self.student.width
+        copies = width + self.teacher_shape.width * bool(self._fused_teacher_vocab())
+        return (HALF if self._is_half() else FLOAT32) * copies + FLOAT32 * width
 
     def _cast_heads(self) -> int:
         """Bytes of both heads in the precision of the products of `linear_softmax_kl`."""

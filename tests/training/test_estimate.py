@@ -104,7 +104,7 @@ def test_memory_by_hand():
         "teacher's weights": 4 * shape.parameters,
         "teacher's states": 5 * state,
         "student's activations": kept_bytes(LLAMA, 2, 16, half=False, masks=False),
-        "a chunk of logits": (2 + 3) * 32 * 61 * 4,
+        "a chunk of logits": 32 * 4 * ((2 + 3) * 61 + 3 * 16),
         "gradients of the losses": 4 * 16 * (32 + 61),
     }
     assert found.peak == sum(found.memory.values())
@@ -175,9 +175,9 @@ def test_a_chunk_is_as_long_as_the_device_takes_it():
     devices = P100, H200, Device("a later GPU", 12, "bf16"), CPU
     chunks = {device.name: of(config, device, vocab, vocab).memory["a chunk of logits"] for device in devices}
     assert chunks == {
-        "P100": 256 * 10 * 50_000,
-        "H200": 2048 * 10 * 50_000,
-        "a later GPU": 2048 * 10 * 50_000,
+        "P100": 256 * (10 * 50_000 + 8 * 16),
+        "H200": 2048 * (10 * 50_000 + 8 * 16),
+        "a later GPU": 2048 * (10 * 50_000 + 8 * 16),
         "CPU": cpu_chunk(50_000),
     }
     assert of(config, P100, vocab, vocab).chunk_tokens == 256
@@ -187,7 +187,7 @@ def cpu_chunk(vocab: int) -> int:
     """Bytes of two models' logits and, of 2 MB's worth of tokens, a thread having at least one, three buffers more."""
     threads = torch.get_num_threads()
     block = max(1, (2 << 20) // (4 * vocab * threads)) * threads
-    return ((256 << 20) - 12 * vocab * block) // (8 * vocab) * 8 * vocab + 12 * vocab * block
+    return ((256 << 20) - 12 * vocab * block) // (8 * vocab) * (8 * vocab + 12 * 16) + 12 * vocab * block
 
 
 def test_checkpointing_trades_memory_for_operations():
