@@ -166,7 +166,7 @@ def swapped(divergences: Any) -> Any:
 
 
 def jsd_mirrored(divergences: Any) -> Any:
-    return {**divergences, "jsd": lambda z_s, z_t, beta: divergences["jsd"](z_s, z_t, 1 - beta)}
+    return {**divergences, "jsd": lambda *given: divergences["jsd"](*given[:-1], 1 - given[-1])}
 
 
 def token_mask_ignored(function: Any) -> Any:
