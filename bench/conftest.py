@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.machine import machine
-from bench.operation import PASSES, Cannot, Case, Operation, Step, compare, make_step, result
+from bench.operation import PASSES, Cannot, Case, Operation, Step, compare, in_turn, make_step, result
 from bench.peak_memory import gpu_peak_memory_mb, peak_memory_mb
 from bench.roof import ROOFS
 from fastdistill.testing import DEVICE
@@ -49,7 +49,8 @@ def measure(benchmark) -> Callable[[Operation, Case, str, str], None]:
     def run(operation: Operation, case: Case, implementation: str, pass_: str) -> None:
         try:
             compare(operation, implementation, operation.tiny(case))
-            step = make_step(operation, implementation, case, pass_)
+            alone = make_step(operation, implementation, case, pass_)
+            step, eager_seconds = _beside_eager(alone, operation, case, pass_)
             if benchmark.disabled:
                 benchmark.pedantic(step.run, setup=step.prepare)
                 return
@@ -58,21 +59,34 @@ def measure(benchmark) -> Callable[[Operation, Case, str, str], None]:
             peak_mb = None
             if pass_ == "both":
                 on_gpu = DEVICE == "cuda"
-                peak_mb = gpu_peak_memory_mb(step) if on_gpu else peak_memory_mb(operation.name, implementation, case)
+                peak_mb = gpu_peak_memory_mb(alone) if on_gpu else peak_memory_mb(operation.name, implementation, case)
         except Cannot as reason:
             pytest.skip(str(reason))
         except torch.OutOfMemoryError:
             pytest.skip("the GPU's memory does not suffice")
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info.update(result(operation, implementation, case, pass_, seconds, roof, peak_mb))
+        stats = benchmark.stats.stats
+        beside = eager_seconds[-stats.rounds :]  # not those of the runs that chose the rounds
+        kept = result(operation, implementation, case, pass_, stats.median, beside, roof, peak_mb)
+        benchmark.extra_info.update(kept)
 
     return run
 
 
-def _rounds(step: Step, seconds: float = 0.5) -> int:
-    """As many as take about half a second with what prepares them, 3 at least; after one that may load or compile."""
+def _beside_eager(step: Step, operation: Operation, case: Case, pass_: str) -> tuple[Step, list[float]]:
+    """As `in_turn` does, but the step alone where a GPU's memory does not suffice for eager."""
+    try:
+        paired, seconds = in_turn(step, make_step(operation, "eager", case, pass_))
+        paired.prepare()
+    except torch.OutOfMemoryError:
+        step.free()
+        return step, []
+    return paired, seconds
+
+
+def _rounds(step: Step, seconds: float = 1.0) -> int:
+    """As many as take about a second with what prepares them, 5 at least; after one that may load or compile."""
     _seconds(step)
-    return max(3, min(30, int(seconds / _seconds(step))))
+    return max(5, min(30, int(seconds / _seconds(step))))
 
 
 def _seconds(step: Step) -> float:

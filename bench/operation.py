@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,8 @@ class Step(NamedTuple):
     prepare: Callable[[], None]
     """What is not timed: frees what the last run left, makes the graph of a backward pass, empties a GPU's caches."""
     run: Callable[[], None]
+    free: Callable[[], None]
+    """Gives up what the last run left."""
 
 
 @cache
@@ -112,10 +115,13 @@ def make_step(operation: Operation, implementation: str, case: Case, pass_: str)
     loss = partial(_loss(operation.implementations[implementation], case), **inputs)
     kept: list[Tensor] = []
 
-    def prepare() -> None:
+    def free() -> None:
         kept.clear()
         for leaf in leaves:
             leaf.grad = None
+
+    def prepare() -> None:
+        free()
         if pass_ == "backward":
             kept.append(loss())
         if DEVICE == "cuda":
@@ -130,7 +136,26 @@ def make_step(operation: Operation, implementation: str, case: Case, pass_: str)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    return Step(prepare, run)
+    return Step(prepare, run, free)
+
+
+def in_turn(step: Step, eager: Step) -> tuple[Step, list[float]]:
+    """The step with a run of eager's before each of its own, and a list to which the seconds of those are added.
+
+    Whatever slows a machine for longer than a run slows both, and their ratio is that of the implementations.
+    """
+    seconds: list[float] = []
+
+    def prepare() -> None:
+        step.free()
+        eager.prepare()
+        start = perf_counter()
+        eager.run()
+        seconds.append(perf_counter() - start)
+        eager.free()
+        step.prepare()
+
+    return step._replace(prepare=prepare), seconds
 
 
 @cache
@@ -170,10 +195,13 @@ def result(
     case: Case,
     pass_: str,
     seconds: float,
+    eager_seconds: list[float],
     roof: float,
     peak_mb: float | None,
 ) -> dict[str, Any]:
-    """What is kept of a measurement beside its times. `roof` is in GB/s ("copy") or TFLOP/s ("product")."""
+    """What is kept of a measurement beside its times: `seconds` is their median, `eager_seconds` has the run of eager's
+    before each, or nothing; `roof` is in GB/s ("copy") or TFLOP/s ("product").
+    """
     kept: dict[str, Any] = {
         "operation": operation.name,
         "implementation": implementation,
@@ -189,4 +217,6 @@ def result(
         unit, size = ("gb_per_s", 1e9) if operation.roof == "copy" else ("tflop_per_s", 1e12)
         rate = work / seconds / size
         kept |= {unit: rate, "roof": roof, "of_roof": rate / roof}
+    if eager_seconds:
+        kept["eager_seconds"] = eager_seconds
     return kept if peak_mb is None else kept | {"peak_mb": peak_mb}

@@ -3,9 +3,10 @@
 python -m bench.plot bench/results/<machine>-<date>.json --into FOLDER [--only "softmax_kl forward_kl; both, float32"]
 
 An SVG and a PNG of each operation: a case a row; a point an implementation, with a line from the lower to the upper
-quartile of its rounds; time, peak memory and, where the file has it, the share of the machine's roof side by side.
-Beside a row stands fastdistill's number over the least of the others', in red where it is above 1. `--only` picks rows
-as `bench.rows.chosen` does.
+quartile of its rounds, or over all where they are few; time, as a multiple of eager's beside it where the file has
+eager, peak memory and, where the file has it, the share of the machine's roof side by side. Beside a row stands
+fastdistill's number over the least of the others', in red where it is above 1. `--only` picks rows as
+`bench.rows.chosen` does.
 """
 
 from __future__ import annotations
@@ -53,8 +54,20 @@ def single(value: float | None) -> tuple[float, float, float] | None:
     return None if value is None else (value, value, value)
 
 
+def times_eager(row: Row) -> tuple[float, float, float] | None:
+    return row.of_eager and (row.of_eager.median, *row.of_eager.ends)
+
+
+def milliseconds(row: Row) -> tuple[float, float, float]:
+    low, high = row.seconds.ends
+    return 1e3 * row.seconds.median, 1e3 * low, 1e3 * high
+
+
+TIMES_EAGER = Measure("times eager's time, median and spread", times_eager)
+MILLISECONDS = Measure("ms, median and spread", milliseconds)
 MEASURES = (
-    Measure("ms, median and quartiles", lambda row: (1e3 * row.median, 1e3 * row.low, 1e3 * row.high)),
+    TIMES_EAGER,
+    MILLISECONDS,
     Measure("peak MB above inputs", lambda row: single(row.peak_mb)),
     Measure("% of the roof", lambda row: single(row.of_roof and 100 * row.of_roof), is_cost=False),
 )
@@ -65,6 +78,8 @@ def draw(found: Sequence[Row], title: str, path: Path, source: str) -> None:
     operations = list(dict.fromkeys(row.case.operation for row in found))
     names = sorted({row.implementation for row in found}, key=rank)
     measures = [measure for measure in MEASURES if any(measure.of(row) for row in found)]
+    if TIMES_EAGER in measures:
+        measures.remove(MILLISECONDS)
     heights = [
         len({row.case for row in found if row.case.operation == operation}) * (len(names) * POINT + GAP)
         for operation in operations

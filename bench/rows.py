@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import quantiles
 from typing import Any, NamedTuple
 
 BASELINE, OURS = "eager", "fastdistill"
 OTHERS = (BASELINE, "torch.compile", "Liger-Kernel", "TRL", "torchtune")
-MEASURED = {"peak_mb", "tokens_per_s", "gb_per_s", "tflop_per_s", "roof", "of_roof"}
+MEASURED = {"peak_mb", "tokens_per_s", "gb_per_s", "tflop_per_s", "roof", "of_roof", "eager_seconds"}
 """What is not an option of a case."""
+FEW_ROUNDS = 8
 
 
 class Case(NamedTuple):
@@ -33,18 +35,40 @@ class Case(NamedTuple):
         return ", ".join(filter(None, (self.name, *self[2:])))
 
 
-class Row(NamedTuple):
-    """One implementation at one case."""
+class Spread(NamedTuple):
+    """Of the rounds of a measurement; low and high are quartiles."""
 
-    case: Case
-    implementation: str
     rounds: int
     least: float
     low: float
     median: float
     high: float
     most: float
-    """Seconds a round; low and high are quartiles."""
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        low, median, high = quantiles(values, n=4, method="inclusive")
+        return Spread(len(values), min(values), low, median, high, max(values))
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Between which a round is expected: quartiles say little of few rounds, of which all count."""
+        return (self.least, self.most) if self.rounds < FEW_ROUNDS else (self.low, self.high)
+
+    def over(self, other: Spread) -> Spread:
+        """The ratio to what was measured apart, as far to each side as the spreads of both leave it."""
+        ratios = [one / another for one, another in zip(self[1:], reversed(other[1:]), strict=True)]
+        return Spread(min(self.rounds, other.rounds), *ratios)
+
+
+class Row(NamedTuple):
+    """One implementation at one case."""
+
+    case: Case
+    implementation: str
+    seconds: Spread
+    of_eager: Spread | None
+    """Each round's time over that of the round of eager before it; in a file without those, over all of eager's."""
     peak_mb: float | None
     gb_per_s: float | None
     tflop_per_s: float | None
@@ -73,14 +97,25 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
     """
     infos = [each["extra_info"] for each in result["benchmarks"]]
     renamed = () if OURS in {info["implementation"] for info in infos} else ("torch",)
+    names = [OURS if info["implementation"] in renamed else info["implementation"] for info in infos]
+    times = [seconds_of(each["stats"]) for each in result["benchmarks"]]
+    eager = {case_of(info): of for info, name, of in zip(infos, names, times, strict=True) if name == BASELINE}
     found = []
-    for info, stats in zip(infos, (each["stats"] for each in result["benchmarks"]), strict=True):
-        name = OURS if info["implementation"] in renamed else info["implementation"]
-        spread = {"rounds": 1, **dict.fromkeys(("min", "q1", "q3", "max"), stats["median"]), **stats}
-        times = (spread[key] for key in ("rounds", "min", "q1", "median", "q3", "max"))
+    for each, info, name, seconds in zip(result["benchmarks"], infos, names, times, strict=True):
+        case, of_eager = case_of(info), None
+        if "eager_seconds" in info:
+            pairs = zip(each["stats"]["data"], info["eager_seconds"], strict=True)
+            of_eager = Spread.of([own / beside for own, beside in pairs])
+        elif case in eager:
+            of_eager = seconds.over(eager[case])
         measured = (info.get(key) for key in ("peak_mb", "gb_per_s", "tflop_per_s", "of_roof"))
-        found.append(Row(case_of(info), name, *times, *measured))
+        found.append(Row(case, name, seconds, of_eager, *measured))
     return found
+
+
+def seconds_of(stats: Mapping[str, Any]) -> Spread:
+    spread = {"rounds": 1, **dict.fromkeys(("min", "q1", "q3", "max"), stats["median"]), **stats}
+    return Spread(*(spread[key] for key in ("rounds", "min", "q1", "median", "q3", "max")))
 
 
 def case_of(info: Mapping[str, Any]) -> Case:

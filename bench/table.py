@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bench.rows import BASELINE, Row, chosen, machine_line, read, rows
+from bench.rows import BASELINE, Row, Spread, chosen, machine_line, read, rows
 
 TEXTS: dict[str, Callable[[Row], str]] = {
     "operation": lambda row: row.case.name,
@@ -29,22 +29,21 @@ def rate(row: Row) -> str:
     return "" if row.tflop_per_s is None else f"{row.tflop_per_s:.3g} TFLOP/s"
 
 
+def spread(of: Spread | None) -> str:
+    return "" if of is None else " to ".join(format(end, ".2f") for end in of.ends)
+
+
 def table(result: Mapping[str, Any], what: str = "") -> str:
     """Of the rows that `bench.rows.chosen` finds; a column that they leave empty is left out."""
-    found = rows(result)
-    baseline = {row.case: row.median for row in found if row.implementation == BASELINE}
-
-    def ratio(row: Row) -> str:
-        return f"{row.median / baseline[row.case]:.2f}" if row.case in baseline else ""
-
     numbers = {
-        "ms, median": lambda row: f"{row.median * 1e3:.1f}",
-        f"of {BASELINE}": ratio,
+        "ms, median": lambda row: f"{row.seconds.median * 1e3:.1f}",
+        f"of {BASELINE}": lambda row: number(row.of_eager and row.of_eager.median, ".2f"),
+        "spread": lambda row: spread(row.of_eager),
         "rate": rate,
         "of roof": lambda row: number(row.of_roof, ".2f"),
         "peak MB above inputs": lambda row: number(row.peak_mb, ".0f"),
     }
-    picked = chosen(found, what)
+    picked = chosen(rows(result), what)
     columns = {name: [cell(row) for row in picked] for name, cell in (TEXTS | numbers).items()}
     kept = {name: cells for name, cells in columns.items() if any(cells)}
     lines = [[*kept], *map(list, zip(*kept.values(), strict=True))]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
+from functools import partial
 from itertools import chain
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +14,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench import bench_attention_kl, bench_layer_loss, bench_linear_softmax_kl, bench_softmax_kl
-from bench.operation import Cannot, Case, Operation, compare, make_step, random_valid, result, valid_positions
+from bench import operation as operation_module
+from bench.operation import (
+    PASSES,
+    Cannot,
+    Case,
+    Operation,
+    Step,
+    compare,
+    in_turn,
+    make_step,
+    random_valid,
+    result,
+    valid_positions,
+)
 from bench.rivals import imported
 from fastdistill.testing import DEVICE
 
@@ -61,6 +78,41 @@ def test_a_pass_makes_its_graph_when_it_should_and_its_gradient_once(pass_, in_p
         assert gradient.tolist() == [2, 4, 6]
 
 
+def test_eager_is_timed_before_each_run_and_leaves_nothing(monkeypatch):
+    events: list[str] = []
+
+    def clock() -> float:
+        events.append("clock")
+        return len(events)
+
+    step, eager = (Step(*(partial(events.append, who + what) for what in Step._fields)) for who in ("", "eager's "))
+    monkeypatch.setattr(operation_module, "perf_counter", clock)
+    paired, seconds = in_turn(step, eager)
+    for _ in range(2):
+        paired.prepare()
+        paired.run()
+    of_eager = ["eager's prepare", "clock", "eager's run", "clock", "eager's free"]
+    assert events == 2 * ["free", *of_eager, "prepare", "run"]
+    assert seconds == [2, 2]
+
+
+@pytest.mark.parametrize("pass_", PASSES)
+def test_what_a_run_left_is_given_up(pass_):
+    graphs: list[weakref.ref[Any]] = []
+
+    def loss(x: Tensor) -> Tensor:
+        value = x.square().sum()
+        graphs.append(weakref.ref(value))
+        return value
+
+    calls: list[Tensor] = []
+    step = make_step(replace(squares(calls), implementations={"eager": lambda case: loss}), "eager", CASE, pass_)
+    step.prepare()
+    step.run()
+    step.free()
+    assert [graph() for graph in graphs] == [None]
+
+
 @pytest.mark.parametrize("fault", [{"value": 1.001}, {"gradient": 1.001}])
 def test_another_loss_is_not_timed(fault):
     compare(squares([]), "eager", CASE)
@@ -109,7 +161,7 @@ def test_gradients_go_to_the_share_that_counts(operation, input_name):
 def test_rates_are_of_the_work_that_counts(operation, shape, pass_, unit, rate):
     (operation,) = (each for each in OPERATIONS if each.name == operation)
     form = operation.cases["tiny"][0].form
-    kept = result(operation, "eager", Case(shape, form, 0.5, "bfloat16"), pass_, 0.25, 2.0, None)
+    kept = result(operation, "eager", Case(shape, form, 0.5, "bfloat16"), pass_, 0.25, [], 2.0, None)
     about = {"shape": list(shape), "dtype": "bfloat16", "valid": 0.5, "pass": pass_, "options": form}
     assert kept == kept | about
     assert kept["tokens_per_s"] == (80 if operation.name in ("layer_loss", "attention_kl") else 40)

@@ -62,23 +62,40 @@ def test_rows_are_chosen_by_words_group_by_group(rich):
         "layer_loss mse layer_norm, 6 x 2 x 512 x 768",
     ]
     assert len(rows.chosen(rows.rows(KEPT), "")) == len(KEPT["benchmarks"])
-    assert [row.median for row in rows.chosen(rows.rows(rich), "both, bfloat16; eager")] == [3, 2, 4, 3]
-    assert [row.median for row in rows.chosen(rows.rows(rich), "both -fastdistill")] == [3, 2]
+    assert [row.seconds.median for row in rows.chosen(rows.rows(rich), "both, bfloat16; eager")] == [3, 2, 4, 3]
+    assert [row.seconds.median for row in rows.chosen(rows.rows(rich), "both -fastdistill")] == [3, 2]
     with pytest.raises(ValueError, match="no result has 'backward'"):
         rows.chosen(rows.rows(rich), "both; backward")
 
 
+def test_a_time_is_over_that_of_eager_in_its_turn(rich):
+    """Of few rounds all count, of many the quartiles; an eager that was measured apart adds its own spread."""
+    ours = rich["benchmarks"][2]
+    ours["stats"] |= {"rounds": 5, "data": [1.0, 2.0, 3.0, 8.0, 5.0], "median": 3.0}
+    ours["extra_info"]["eager_seconds"] = [2.0, 2.0, 2.0, 4.0, 2.0]
+    of_eager = rows.rows(rich)[2].of_eager
+    assert of_eager is not None
+    assert of_eager == (5, 0.5, 1.0, 1.5, 2.0, 2.5)
+    assert of_eager.ends == (0.5, 2.5)
+    assert of_eager._replace(rounds=8).ends == (1, 2)
+    del ours["extra_info"]["eager_seconds"]
+    rich["benchmarks"][0]["stats"] |= {"rounds": 4, "min": 1.0, "q1": 2.0, "q3": 4.0, "max": 8.0}
+    ours["stats"] |= {"min": 1.0, "q1": 2.0, "q3": 4.0, "max": 8.0}
+    assert rows.rows(rich)[2].of_eager == (4, 1 / 8, 2 / 4, 1.0, 4 / 2, 8 / 1)
+
+
 def test_a_table_has_the_columns_that_the_file_has(rich):
     assert table(KEPT).splitlines()[2:5] == [
-        "| operation | shape | implementation | ms, median | of eager | peak MB above inputs |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
-        "| layer_loss mse none | 12 x 8 x 512 x 768 | eager | 56.9 | 1.00 | 164 |",
+        "| operation | shape | implementation | ms, median | of eager | spread | peak MB above inputs |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+        "| layer_loss mse none | 12 x 8 x 512 x 768 | eager | 56.9 | 1.00 | 0.98 to 1.02 | 164 |",
     ]
     head, rule, *_, last = table(rich, "both").splitlines()[2:]
-    heads = "operation; shape; dtype; valid; pass; implementation; ms, median; of eager; rate; of roof"
+    heads = "operation; shape; dtype; valid; pass; implementation; ms, median; of eager; spread; rate; of roof"
     assert head == f"| {heads.replace('; ', ' | ')} | peak MB above inputs |"
-    assert rule.count("---:") == 5
-    cells = "softmax_kl jsd, 1024 x 50257, bfloat16, 0.9, both, fastdistill, 4000.0, 1.33, 2.5 GB/s, 0.12, 400"
+    assert rule.count("---:") == 6
+    cells = "softmax_kl jsd, 1024 x 50257, bfloat16, 0.9, both, fastdistill, "
+    cells += "4000.0, 1.33, 1.33 to 1.33, 2.5 GB/s, 0.12, 400"
     assert last == f"| {cells.replace(', ', ' | ')} |"
 
 
@@ -97,12 +114,14 @@ def test_every_operation_is_drawn_twice(monkeypatch, tmp_path, drawn):
     for path in tmp_path.iterdir():
         assert path.stat().st_size > 10_000
     assert "Intel(R) Xeon(R) Processor, CPU threads: 2" in drawn[0].get_suptitle()
-    assert [panel.get_xlabel() for panel in drawn[0].axes] == ["ms, median and quartiles", "peak MB above inputs"]
+    time, memory = drawn[0].axes
+    assert (time.get_xlabel(), memory.get_xlabel()) == ("times eager's time, median and spread", "peak MB above inputs")
 
 
 def test_points_quartiles_and_losses_are_in_the_figure(tmp_path, rich, drawn):
     path = tmp_path / "rich.svg"
-    rich["benchmarks"][-1]["stats"] |= {"q1": 3.9, "q3": 5.0}
+    rich["benchmarks"][-1]["stats"] |= {"rounds": 15, "q1": 3.9, "q3": 5.1}
+    rich["benchmarks"][-3]["stats"] |= {"rounds": 15}
     plot.draw(rows.rows(rich), "title", path, "of rich")
     assert b"of rich" in path.read_bytes()
     time, memory, roof = drawn[0].axes
@@ -110,8 +129,8 @@ def test_points_quartiles_and_losses_are_in_the_figure(tmp_path, rich, drawn):
     assert time.get_title("left") == "softmax_kl, jsd, 1024 x 50257, bfloat16, 0.9 valid"
     points = [line for line in time.lines if line.get_marker() != "None"]
     blue = [line.get_xdata()[0] for line in points if line.get_color() == "tab:blue"]
-    assert blue == [1000, 4000]
-    assert [3900, 5000] in [list(line.get_xdata()) for line in time.lines]
+    assert blue == [1 / 3, 4 / 3]
+    assert [3.9 / 3, 5.1 / 3] in [list(line.get_xdata()) for line in time.lines]
     for panel in (time, memory):
         assert [(each.get_text(), each.get_color()) for each in panel.texts] == [
             ("0.50", "tab:blue"),
@@ -129,7 +148,15 @@ def test_another_form_of_ours_is_hollow_and_not_a_rival(tmp_path, rich, drawn):
     assert [each.get_text() for each in time.texts] == ["0.33"]
     points = [line for line in time.lines if line.get_marker() != "None"]
     faces = {(line.get_xdata()[0], line.get_color(), line.get_markerfacecolor()) for line in points}
-    assert {(1000, "tab:blue", "tab:blue"), (2000, "tab:blue", "white")} < faces
+    assert {(1 / 3, "tab:blue", "tab:blue"), (2 / 3, "tab:blue", "white")} < faces
+
+
+def test_without_eager_milliseconds_are_drawn(tmp_path, rich, drawn):
+    without = [each for each in rich["benchmarks"] if each["extra_info"]["implementation"] != "eager"]
+    plot.draw(rows.rows({**rich, "benchmarks": without}), "", tmp_path / "one.svg", "")
+    time, *_ = drawn[0].axes
+    assert time.get_xlabel() == "ms, median and spread"
+    assert [1000] * 2 in [list(line.get_xdata()) for line in time.lines]
 
 
 def test_scales_are_logarithmic_where_values_lie_far_apart(tmp_path, drawn):
