@@ -61,10 +61,12 @@ class TokenRows:
             return flat[span].to(dtype, copy=True)
         return flat.index_select(0, self.sequence * positions + self.position).to(dtype)
 
-    def take_into(self, out: Tensor, tensor: Tensor) -> Tensor:
-        """The rows of `tensor` `[B, S, X]` or `[N, X]` in `out` `[n, X]`, which is returned."""
+    def view(self, tensor: Tensor) -> Tensor | None:
+        """The rows of `tensor` `[B, S, X]` or `[N, X]` where they are, if they lie one after another; else, and on a
+        GPU, None.
+        """
         flat, span = flattened(tensor), self.span(tensor.shape[-2])
-        return out.copy_(self.take(tensor, tensor.dtype) if flat is None or span is None else flat[span])
+        return None if flat is None or span is None else flat[span]
 
     def span(self, positions: int) -> slice | None:
         """Where the rows are in `[B * positions, X]`, if they lie one after another; else, and on a GPU, None.

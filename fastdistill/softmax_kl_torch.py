@@ -1,6 +1,6 @@
 """The PyTorch path of softmax_kl: tokens in chunks, gradient in closed form, scratch that does not grow with N.
 
-`chunk_terms` is the heart: values and gradient for a chunk of tokens, mostly inside the buffers that hold its logits.
+`chunk_terms` is the heart: values and gradient for a chunk of tokens, in memory that every chunk uses again.
 The logits-level operation below and the fused-linear one both walk over it. `reference.py` defines what it computes;
 the gradients, with respect to the scaled logits z/T, are
 
@@ -12,7 +12,9 @@ the gradients, with respect to the scaled logits z/T, are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -56,11 +58,15 @@ class Scratch(NamedTuple):
 
     @staticmethod
     def of(tokens: int, vocab: int, like: Tensor, *, logits: bool) -> Scratch:
-        """In the dtype and on the device of `like`; with memory for a copy of the logits, or without."""
+        """In the dtype and on the device of `like`; with memory for logits, or without."""
         return Scratch(like.new_empty(len(BUFFERS) if logits else RESULTS, tokens * vocab))
 
     def buffer(self, name: str, tokens: int, vocab: int) -> Tensor:
         return self.memory[BUFFERS.index(name), : tokens * vocab].view(tokens, vocab)
+
+    def over(self, name: str, logits: Tensor) -> Tensor:
+        """Where what is made of the logits `[n, V]` is written: over them, if there is no memory for it."""
+        return self.buffer(name, *logits.shape) if len(self.memory) == len(BUFFERS) else logits
 
 
 class TokenTerms(NamedTuple):
@@ -99,55 +105,61 @@ def chunk_terms(
 ) -> tuple[TokenTerms, Tensor | None]:
     """Terms of n tokens and, if asked for, the gradient of each token's loss with respect to its student logits.
 
-    `student` `[n, V]` and `teacher` `[n, Vc]` hold logits in float32 or float64; both are overwritten. The gradient
-    `[n, V]`, which lies in `scratch` or in `student`, and the terms are not yet weighted by the tokens' weights.
-    Without `values` the terms are not to be used.
+    `student` `[n, V]` and `teacher` `[n, Vc]` hold logits in float32 or float64; they are overwritten where `scratch`
+    has no memory for logits. The gradient `[n, V]`, which lies there or in `student`, and the terms are not yet
+    weighted by the tokens' weights. Without `values` the terms are not to be used.
     """
     loss = student.new_zeros(len(student))
     kl = ce = student_entropy = teacher_entropy = top1_agreement = grad = None
     shared = slice(options.shared_vocab)
 
-    def softmax(name: str, logits: Tensor) -> Tensor:
-        return torch.softmax(logits, -1, out=scratch.buffer(name, *logits.shape))
+    def memory(name: str, logits: Tensor) -> Tensor:
+        return scratch.buffer(name, *logits.shape)
 
     if values and options.metrics and teacher is not None:
         top1_agreement = (student[:, shared].argmax(-1) == teacher.argmax(-1)).to(student.dtype)
-        student_entropy = torch.special.entr(softmax("student", student[:, shared])).sum(-1)
-        teacher_entropy = torch.special.entr(softmax("teacher", teacher)).sum(-1)
+        student_entropy, teacher_entropy = (
+            torch.special.entr(torch.softmax(logits, -1, out=memory(name, logits))).sum(-1)
+            for name, logits in (("student", student[:, shared]), ("teacher", teacher))
+        )
 
     if targets is not None and (values or is_on(options.ce_weight)):
-        p = softmax("gradient", student)
+        p = memory("gradient", student)
+        all_ids = _Exponentials.of(student, 1, shifted=p, out=p)
         label = targets.clamp(0, student.shape[1] - 1)[:, None]
-        ce = (student.amax(-1) - student.gather(1, label).squeeze(1)) - p.amax(-1).log()
-        if is_on(options.ce_weight):
-            loss += _weigh_(ce.clone(), options.ce_weight)
-            if gradient:
-                grad = p.scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
-                _weigh_(grad, options.ce_weight)
+        if values:
+            ce = (all_ids.largest - student.gather(1, label) + all_ids.total.log()).squeeze(1)
+            if is_on(options.ce_weight):
+                loss += _weigh_(ce.clone(), options.ce_weight)
+        if gradient and is_on(options.ce_weight):
+            grad = all_ids.softmax_().scatter_add_(1, label, torch.full_like(label, -1, dtype=p.dtype))
+            _weigh_(grad, options.ce_weight)
 
     if teacher is not None and (values or is_on(options.kl_weight)):
-        z_s, z_t = _over_(student[:, shared], options.temperature), _over_(teacher, options.temperature)
-        p_s, p_t = softmax("student", z_s), softmax("teacher", z_t)
-        if values or options.divergence != "forward_kl":
-            kl, kl_grad = _DIVERGENCES[options.divergence](z_s, p_s, z_t, p_t, options.jsd_beta)
-        else:
-            kl_grad = p_s.sub_(p_t)
-        if is_on(options.kl_weight):
-            square = options.temperature**2 if options.temperature_squared else 1.0
-            if kl is not None:
+        z_s, z_t = student[:, shared], teacher
+        e_s, e_t = memory("student", z_s), memory("teacher", z_t)
+        with_logs = values or options.divergence != "forward_kl"
+        logs_s = scratch.over("student_logits", student)[:, shared] if with_logs else e_s
+        logs_t = scratch.over("teacher_logits", teacher) if with_logs else e_t
+        of_student = _Exponentials.of(z_s, options.temperature, shifted=logs_s, out=e_s)
+        of_teacher = _Exponentials.of(z_t, options.temperature, shifted=logs_t, out=e_t)
+        square = options.temperature**2 if options.temperature_squared else 1.0
+        kl_gradient = partial(_difference, of_student, of_teacher)
+        if with_logs:
+            kl, kl_gradient = _DIVERGENCES[options.divergence](of_student, of_teacher, options.jsd_beta)
+            if is_on(options.kl_weight):
                 loss += _weigh_(kl * square, options.kl_weight)
-            if gradient:
-                _weigh_(kl_grad.mul_(square / options.temperature), options.kl_weight)
-                if grad is not None:
-                    grad[:, shared] += kl_grad
-                elif kl_grad.shape == student.shape:
-                    grad = kl_grad
-                else:
-                    grad = student
-                    grad[:, options.shared_vocab :] = 0
-                    grad[:, shared] = kl_grad
+        if gradient and is_on(options.kl_weight):
+            kl_grad = _weigh_(kl_gradient(), options.kl_weight * square / options.temperature)
+            if grad is not None:
+                grad[:, shared] += kl_grad
+            elif kl_grad.shape == student.shape:
+                grad = kl_grad
+            else:
+                grad = memory("gradient", student).zero_()
+                grad[:, shared] = kl_grad
     if gradient and grad is None:
-        grad = student.zero_()
+        grad = memory("gradient", student).zero_()
     return TokenTerms(loss, kl, ce, student_entropy, teacher_entropy, top1_agreement), grad
 
 
@@ -164,69 +176,96 @@ def is_on(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight != 0
 
 
-def _over_(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    return logits.div_(temperature) if isinstance(temperature, Tensor) or temperature != 1 else logits
-
-
 def _weigh_(term: Tensor, weight: float | Tensor) -> Tensor:
     """term * weight in place; a weight of 0 leaves the term out, even where it is infinite."""
-    term.mul_(weight)
-    return term.masked_fill_(weight == 0, 0) if isinstance(weight, Tensor) else term
+    if isinstance(weight, Tensor):
+        return term.mul_(weight).masked_fill_(weight == 0, 0)
+    return term if weight == 1 else term.mul_(weight)
 
 
-# Each divergence takes scaled logits [n, Vc] of student and teacher with their softmaxes, overwrites them, and returns
-# its value [n] and the gradient [n, Vc] with respect to the student's.
+class _Exponentials(NamedTuple):
+    """Of scaled logits z/T less their largest, with which no exponential is taken twice: a CPU takes as long for one as
+    for several passes over what lies in its cache.
+    """
+
+    largest: Tensor
+    """Of the logits, `[n, 1]`."""
+    shifted: Tensor
+    """z/T less its largest, `[n, V]`."""
+    e: Tensor
+    """exp(shifted), `[n, V]`."""
+    total: Tensor
+    """The sum of e, `[n, 1]`."""
+
+    @staticmethod
+    def of(logits: Tensor, temperature: float | Tensor, *, shifted: Tensor, out: Tensor) -> _Exponentials:
+        """In memory that may be the logits' own. Where both are to be in one, e is what is left."""
+        largest = logits.amax(-1, keepdim=True)
+        torch.sub(logits, largest, out=shifted)
+        if isinstance(temperature, Tensor) or temperature != 1:
+            shifted.div_(temperature)
+        e = torch.exp(shifted, out=out)
+        return _Exponentials(largest, shifted, e, e.sum(-1, keepdim=True))
+
+    def softmax_(self) -> Tensor:
+        """In the place of e."""
+        return self.e.div_(self.total)
+
+    def log_softmax_(self) -> Tensor:
+        """In the place of what is shifted."""
+        return self.shifted.sub_(self.total.log())
 
 
-def _forward_kl(z_s: Tensor, p_s: Tensor, z_t: Tensor, p_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    log_s, log_t = _log_softmax_(z_s, p_s), _log_softmax_(z_t, p_t)
-    needs_care = _may_hold_neg_inf(log_s, log_t)
-    log_ratio = log_t.sub_(log_s)
-    if needs_care:
-        log_ratio.masked_fill_(p_t == 0, 0)
-    return torch.linalg.vecdot(log_ratio, p_t), p_s.sub_(p_t)
+Make = Callable[[], Tensor]
+
+# Each divergence takes the exponentials of student and teacher over Vc ids, and returns its value [n] and a function
+# that makes the gradient [n, Vc] with respect to the student's scaled logits. Both overwrite what was given.
 
 
-def _reverse_kl(z_s: Tensor, p_s: Tensor, z_t: Tensor, p_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    log_s, log_t = _log_softmax_(z_s, p_s), _log_softmax_(z_t, p_t)
-    infinite = None
-    if _may_hold_neg_inf(log_s, log_t):
+def _forward_kl(student: _Exponentials, teacher: _Exponentials, beta: float | Tensor) -> tuple[Tensor, Make]:
+    log_ratio = teacher.shifted.sub_(student.shifted).sub_(teacher.total.log() - student.total.log())
+    terms = log_ratio.mul_(teacher.e)
+    total = terms.sum(-1)
+    if _is_exceptional(total):
+        total = terms.masked_fill_(teacher.e == 0, 0).sum(-1)
+    return total / teacher.total[:, 0], partial(_difference, student, teacher)
+
+
+def _difference(student: _Exponentials, teacher: _Exponentials) -> Tensor:
+    return student.softmax_().sub_(teacher.softmax_())
+
+
+def _reverse_kl(student: _Exponentials, teacher: _Exponentials, beta: float | Tensor) -> tuple[Tensor, Make]:
+    p_s, log_t = student.softmax_(), teacher.log_softmax_()
+    log_ratio = student.log_softmax_().sub_(log_t)
+    value = mean = torch.mul(p_s, log_ratio, out=teacher.e).sum(-1)
+    if _is_exceptional(value):
         no_teacher = torch.isneginf(log_t)
-        infinite = (no_teacher & (p_s > 0)).any(-1)
-        log_ratio = log_s.sub_(log_t).masked_fill_(no_teacher, MAX_LOG_RATIO).masked_fill_(p_s == 0, 0)
-    else:
-        log_ratio = log_s.sub_(log_t)
-    mean = torch.linalg.vecdot(p_s, log_ratio)
-    gradient = p_s.mul_(log_ratio.sub_(mean[:, None]))
-    return mean if infinite is None else mean.masked_fill(infinite, torch.inf), gradient
+        log_ratio.masked_fill_(no_teacher, MAX_LOG_RATIO).masked_fill_(p_s == 0, 0)
+        mean = torch.mul(p_s, log_ratio, out=teacher.e).sum(-1)
+        value = mean.masked_fill((no_teacher & (p_s > 0)).any(-1), torch.inf)
+    return value, lambda: p_s.mul_(log_ratio.sub_(mean[:, None]))
 
 
-def _jsd(z_s: Tensor, p_s: Tensor, z_t: Tensor, p_t: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
-    log_s, log_t = _log_softmax_(z_s, p_s), _log_softmax_(z_t, p_t)
-    absent = torch.isneginf(log_s) & torch.isneginf(log_t) if _may_hold_neg_inf(log_s, log_t) else None
-    d = log_t.sub_(log_s).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if absent is not None:
-        d.masked_fill_(absent, 0)
-    teacher_side = torch.neg(d, out=log_s).expm1_().mul_(1 - beta).log1p_()
+def _jsd(student: _Exponentials, teacher: _Exponentials, beta: float | Tensor) -> tuple[Tensor, Make]:
+    p_s, p_t, other = student.softmax_(), teacher.softmax_(), student.shifted
+    d = teacher.log_softmax_().sub_(student.log_softmax_()).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    if _is_exceptional(d.sum(-1)):
+        d.nan_to_num_()  # of -inf - -inf: neither has such a token
+    teacher_side = torch.neg(d, out=other).expm1_().mul_(1 - beta).log1p_().mul_(p_t).sum(-1)
     r = d.expm1_().mul_(beta).log1p_().neg_()
-    mean = torch.linalg.vecdot(p_s, r)
-    value = (1 - beta) * mean - beta * torch.linalg.vecdot(p_t, teacher_side)
-    return value, p_s.mul_(r.sub_(mean[:, None])).mul_(1 - beta)
+    mean = torch.mul(p_s, r, out=other).sum(-1)
+    return (1 - beta) * mean - beta * teacher_side, lambda: p_s.mul_(r.sub_(mean[:, None])).mul_(1 - beta)
 
 
 _DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
 
 
-def _log_softmax_(logits: Tensor, p: Tensor) -> Tensor:
-    """The log of their softmax `p`, in their place. The largest probability is 1 / Z, so that an element takes one
-    exponential: they are most of the time on a CPU.
+def _is_exceptional(sums: Tensor) -> bool:
+    """Whether -inf was among the logits that these `[n]` are made of, which must not cost those without it; or NaN.
+    On a GPU, where it would have to be waited for, it may have been.
     """
-    return logits.sub_(logits.amax(-1, keepdim=True)).add_(p.amax(-1, keepdim=True).log_())
-
-
-def _may_hold_neg_inf(*logs: Tensor) -> bool:
-    """Whether to handle -inf, which costs a CPU as much as all the rest. NaN may hide it; a device is not asked."""
-    return any(log.device.type != "cpu" or (log.numel() > 0 and not log.amin() > -1e30) for log in logs)
+    return sums.device.type != "cpu" or not bool(sums.isfinite().all())
 
 
 def softmax_kl(
@@ -262,9 +301,12 @@ class _SoftmaxKL(torch.autograd.Function):
         start = 0
         for chunk, _, grad in _walk(student_logits, teacher_logits, rows, ctx.options, values=False):
             assert grad is not None
+            place = chunk.view(output)
             # In the compute dtype before the cast: 1 / num_tokens in float16 would flush most of it to zero.
-            grad.mul_((dloss[start : start + len(chunk)] * chunk.weights)[:, None])
-            chunk.put(output, chunk.zero_uncounted_(grad))
+            factors = (dloss[start : start + len(chunk)] * chunk.weights)[:, None]
+            weighted = chunk.zero_uncounted_(torch.mul(grad, factors, out=grad if place is None else place))
+            if place is None:
+                chunk.put(output, weighted)
             start += len(chunk)
         if len(rows) < output.shape[:-1].numel():
             untouched = torch.ones(output.shape[:-1], dtype=torch.bool, device=output.device)
@@ -278,12 +320,19 @@ def _walk(student_logits, teacher_logits, rows, options, *, values):
     dtype, vocab = compute_dtype(student_logits), student_logits.shape[-1]
     size = min(max(1, len(rows)), block_rows(vocab, dtype, student_logits.device))
     scratch = Scratch.of(size, vocab, rows.weights, logits=True)
+
+    def in_full(name: str, logits: Tensor, chunk: TokenRows) -> Tensor:
+        """Where they are, if they can be computed with as they lie there."""
+        view = chunk.view(logits)
+        if view is not None and view.dtype == dtype and view.is_contiguous():
+            return view
+        buffer = scratch.buffer(name, len(chunk), logits.shape[-1])
+        return buffer.copy_(chunk.take(logits, logits.dtype) if view is None else view)
+
     for chunk in rows.chunks(size):
-        student = chunk.take_into(scratch.buffer("student_logits", len(chunk), vocab), student_logits.detach())
-        teacher = None
+        student, teacher = in_full("student_logits", student_logits.detach(), chunk), None
         if teacher_logits is not None:
-            teacher = scratch.buffer("teacher_logits", len(chunk), options.shared_vocab)
-            chunk.take_into(teacher, teacher_logits.detach()[..., : options.shared_vocab])
+            teacher = in_full("teacher_logits", teacher_logits.detach()[..., : options.shared_vocab], chunk)
         with full_precision(student):
             how = {"values": values, "gradient": not values}
             terms, grad = chunk_terms(student, teacher, chunk.targets, options, scratch, **how)

@@ -218,6 +218,26 @@ def test_student_and_teacher_may_differ_in_dtype(student_dtype, teacher_dtype, d
 
 
 @each_impl
+@each_divergence
+@pytest.mark.parametrize("weights", [{}, {"ce_weight": 0.5}, {"kl_weight": 0.0, "ce_weight": 0.5}], ids=str)
+@pytest.mark.parametrize("copied", [None, "dtype", "mask"])
+def test_a_part_of_the_vocabulary_may_lie_anywhere(copied, weights, divergence, impl):
+    """Logits are computed with where they lie, unless they must be cast or gathered; none is changed."""
+    dtype = torch.float16 if copied == "dtype" else torch.float32
+    arguments = random_logits(40, 129, teacher_vocab=133, dtype=dtype) | {"vocab_size": 120, "temperature": 2.0}
+    arguments |= {
+        "targets": targets_of(40, vocab=129).clamp(min=0),
+        "divergence": divergence,
+        "metrics": True,
+    } | weights
+    if copied == "mask":
+        arguments["mask"] = random_mask(40, dtype=torch.float32)
+    before = {name: arguments[name].clone() for name in ("student_logits", "teacher_logits")}
+    assert_matches_definition(arguments, impl)
+    assert all(torch.equal(arguments[name], logits) for name, logits in before.items())
+
+
+@each_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)  # the gradient is cast to it
 @pytest.mark.parametrize("dloss", INCOMING_GRADIENTS)
 def test_incoming_gradient_scales_the_gradient(dloss, dtype, impl):
