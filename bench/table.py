@@ -16,6 +16,7 @@ TEXTS: dict[str, Callable[[Row], str]] = {
     "pass": lambda row: row.case.pass_,
     "implementation": lambda row: row.implementation,
 }
+SAID_ONCE = {"dtype", "valid", "pass"}
 
 
 def number(value: float | None, form: str) -> str:
@@ -34,7 +35,9 @@ def spread(of: Spread | None) -> str:
 
 
 def table(result: Mapping[str, Any], what: str = "") -> str:
-    """Of the rows that `bench.rows.chosen` finds; a column that they leave empty is left out."""
+    """Of the rows that `bench.rows.chosen` finds. A column that they leave empty is left out; what they have in common,
+    unless it is the implementation, is said above.
+    """
     numbers = {
         "ms, median": lambda row: f"{row.seconds.median * 1e3:.1f}",
         f"of {BASELINE}": lambda row: number(row.of_eager and row.of_eager.median, ".2f"),
@@ -45,11 +48,13 @@ def table(result: Mapping[str, Any], what: str = "") -> str:
     }
     picked = chosen(rows(result), what)
     columns = {name: [cell(row) for row in picked] for name, cell in (TEXTS | numbers).items()}
-    kept = {name: cells for name, cells in columns.items() if any(cells)}
-    lines = [[*kept], *map(list, zip(*kept.values(), strict=True))]
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    common = [name for name in columns if name in SAID_ONCE and len(set(columns[name])) == 1]
+    said = [f"{name}: {columns.pop(name)[0]}" for name in common]
+    lines = [[*columns], *map(list, zip(*columns.values(), strict=True))]
     timer = result["benchmarks"][0]["options"]["timer"]
-    texts = sum(name in TEXTS for name in kept)
-    return f"{machine_line(result)}, timer: {timer}\n\n{markdown(lines, texts=texts)}"
+    caption = ", ".join([machine_line(result), f"timer: {timer}", *said])
+    return f"{caption}\n\n{markdown(lines, texts=sum(name in TEXTS for name in columns))}"
 
 
 def markdown(lines: list[list[str]], *, texts: int) -> str:

@@ -16,13 +16,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_tables_and_comparisons_are_those_of_the_kept_results():
+    """A benchmark's table leaves out columns that all of its rows share: its cells are in the table of all."""
     results = sorted((ROOT / "bench" / "results").glob("*.json"))
     reports = sorted((ROOT / "docs" / "runs").glob("*/report.md"))
     texts = [*(table(json.loads(path.read_text())) for path in results), *(path.read_text() for path in reports)]
-    kept = [line for text in texts for line in text.splitlines()]
+    kept = [set(line.split(" | ")) for text in texts for line in text.splitlines()]
     figures = [line for line in README.splitlines() if re.match(r"\|.*\d\.\d|- seed", line)]
     assert len(figures) >= 17
-    assert [line for line in figures if line not in kept] == []
+    assert [line for line in figures if not any(set(line.split(" | ")) <= cells for cells in kept)] == []
 
 
 def test_instruction_counts_are_those_of_the_kept_compile_check():
