@@ -35,8 +35,8 @@ def spread(of: Spread | None) -> str:
 
 
 def table(result: Mapping[str, Any], what: str = "") -> str:
-    """Of the rows that `bench.rows.chosen` finds. A column that they leave empty is left out; what they have in common,
-    unless it is the implementation, is said above.
+    """Of the rows that `bench.rows.chosen` finds. A column that they leave empty is left out; a precision, share of
+    tokens or pass that all have is said above.
     """
     numbers = {
         "ms, median": lambda row: f"{row.seconds.median * 1e3:.1f}",

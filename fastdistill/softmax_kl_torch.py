@@ -106,8 +106,8 @@ def chunk_terms(
     """Terms of n tokens and, if asked for, the gradient of each token's loss with respect to its student logits.
 
     `student` `[n, V]` and `teacher` `[n, Vc]` hold logits in float32 or float64; they are overwritten where `scratch`
-    has no memory for logits. The gradient `[n, V]`, which lies there or in `student`, and the terms are not yet
-    weighted by the tokens' weights. Without `values` the terms are not to be used.
+    has no memory for logits. The gradient `[n, V]`, which lies in `scratch`, and the terms are not yet weighted by the
+    tokens' weights. Without `values` the terms are not to be used.
     """
     loss = student.new_zeros(len(student))
     kl = ce = student_entropy = teacher_entropy = top1_agreement = grad = None
